@@ -1,1 +1,36 @@
-"""rlhfkit"""
+"""rlhfkit: raw corpora → tokenizer → pre-training → SFT → reward model → PPO or DPO → evaluation → benchmark, cell by cell.
+
+The public names are below; each is imported when it is first used, so `import rlhfkit` is quick and needs no torch.
+"""
+from importlib import import_module
+
+_HOME = {
+    "records": "Record Answer read_records write_records split pairs",
+    "sources": "build",
+    "samples.couplets": "gold",
+    "tokenizers.pangu": "patch_jieba unpatch_jieba",
+    "families": "Family FAMILIES family_of load_tokenizer load_model tiny",
+    "rows": "show text_rows sft_rows reward_rows pair_rows prompt_rows",
+    "configs": "Pretrain SFT Reward PPO DPO Result",
+    "saving": "versions",
+    "rollout": "generate",
+    "launcher": "launch attach stop WorkerError",
+    "health": "doctor",
+    "memory": "will_it_fit",
+    "tasks": "Task TASKS",
+    "evaluation": "evaluate perplexity compare report_card score",
+    "bench": "sweep",
+    "plots": "plot_history plot_margins plot_scores plot_memory",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'rlhfkit' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(f"rlhfkit.{_MODULE_OF[name]}"), name)
+
+
+def __dir__():
+    return __all__

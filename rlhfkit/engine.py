@@ -1,0 +1,156 @@
+"""One small face for a plain module in this kernel and a DeepSpeed engine in a worker: forward, backward, step, save; and who we are.
+
+Losses are sums divided by a global count, so batch, accumulation and world size give one gradient: gradients are summed over micro-batches
+and processes, never averaged (DeepSpeed averages; the engine multiplies by the world size before).
+"""
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import get_scheduler
+
+from rlhfkit.zero import deepspeed_config
+
+
+class Engine:
+    """A trainable model with its AdamW and schedule over `total_steps`; under a launcher, a DeepSpeed engine (ZeRO 0 to 3)."""
+
+    def __init__(self, model, config, learning_rate, total_steps):
+        self.config, self.deepspeed = config, None
+        self.model = model.to(device())
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, math.ceil(config.warmup_ratio * total_steps), total_steps)
+        if world_size() > 1 or config.zero_stage:
+            import deepspeed
+            self.deepspeed, _, _, _ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=deepspeed_config(config, trainer=False))
+
+    def __call__(self, *args, **kwargs):
+        return (self.deepspeed or self.model)(*args, **kwargs)
+
+    def backward(self, loss, last=True):
+        """Add the gradient of `loss`; `last`: the last micro-batch before `step`."""
+        if self.deepspeed:
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+            self.deepspeed.backward(loss * world_size())
+        else:
+            loss.backward()
+
+    def step(self):
+        """Clip, update, advance the schedule -> norm of the gradient before clipping."""
+        if self.deepspeed:
+            self.deepspeed.step()
+            norm = float(self.deepspeed.get_global_grad_norm() or math.nan)
+        else:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm
+
+    @property
+    def learning_rate(self):
+        return self.scheduler.get_last_lr()[0]
+
+    def save_state(self, folder):
+        """Weights, optimiser and schedule into a checkpoint folder (call it on all processes)."""
+        if self.deepspeed:
+            self.deepspeed.save_checkpoint(str(folder), "engine", client_state={"scheduler": self.scheduler.state_dict()})
+        else:
+            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                        "scheduler": self.scheduler.state_dict()}, os.path.join(folder, "engine.pt"))
+
+    def load_state(self, folder):
+        if self.deepspeed:
+            _, client = self.deepspeed.load_checkpoint(str(folder), "engine")
+            self.scheduler.load_state_dict(client["scheduler"])
+        else:
+            state = torch.load(os.path.join(folder, "engine.pt"), map_location=device(), weights_only=True)
+            for name in ("model", "optimizer", "scheduler"):
+                getattr(self, name).load_state_dict(state[name])
+
+    def weights(self):
+        """All weights on the CPU under their plain names, gathered from every process under ZeRO-3 (call it on all)."""
+        if self.deepspeed and self.config.zero_stage == 3:
+            return self.deepspeed._zero3_consolidated_16bit_state_dict()
+        return {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
+
+
+def device():
+    """The one place that chooses: this process's GPU, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_sum(values):
+    """Sum of a tensor (or list of numbers) over the processes, float64."""
+    total = torch.as_tensor(values, dtype=torch.float64, device=device())
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_list(items):
+    """The items of all processes, in the order of ranks."""
+    if world_size() == 1:
+        return list(items)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [x for part in parts for x in part]
+
+
+def set_dropout(model, p):
+    """Dropout p everywhere in the model, whatever its config calls it (the 2023 kit set a field that Pangu and GLM do not read)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        for name, value in vars(module).items():
+            if type(value) is float and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, p)
+    return model
+
+
+def mean_over(rows, batch_size, measure):
+    """Means of held-out figures: `measure(batch of rows) -> {name: (sum, count)}`, each process a share of the rows.
+    Every process takes as many batches, as sharded weights require; a batch past the end is measured and not counted."""
+    world, totals = world_size(), {}
+    with torch.no_grad():
+        for start in range(0, len(rows), batch_size * world):
+            mine = rows[start + rank() * batch_size:start + (rank() + 1) * batch_size]
+            for name, (total, count) in measure(mine or rows[:1]).items():
+                old = totals.get(name, (0.0, 0.0))
+                totals[name] = (old[0] + float(total) * bool(mine), old[1] + float(count) * bool(mine))
+    names = sorted(totals)
+    sums = all_sum([x for name in names for x in totals[name]]).tolist()
+    return {name: sums[2 * i] / max(sums[2 * i + 1], 1e-12) for i, name in enumerate(names)}
+
+
+def say(output_dir, line):
+    """One line to the cell and to log.txt of the run, from rank 0 only."""
+    if rank() == 0:
+        print(line, flush=True)
+        with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+
+
+def log_line(row):
+    """`step 20  loss 2.143  lr 8.0e-06  1.2 s` from a row of the history."""
+    parts = [f"step {row['step']}"]
+    for name, value in row.items():
+        if name == "learning_rate":
+            parts.append(f"lr {value:.1e}")
+        elif name == "seconds":
+            parts.append(f"{value:.1f} s")
+        elif name != "step" and not name.startswith("seconds_"):
+            parts.append(f"{name} {value:.3f}")
+    return "  ".join(parts)

@@ -1,0 +1,87 @@
+"""Sampling answers, for PPO, samples and evaluation: left-padded prompts in batches on the training weights.
+
+Each row draws noise from a seed of its own, so an answer does not depend on what else is in the batch or on the number of processes.
+Log-probs are not taken here: PPO scores the sampled ids with the module that trains, which makes the first ratio exactly 1.
+"""
+import torch
+from transformers import (LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+from rlhfkit.families import family_of, load_model, load_tokenizer
+from rlhfkit.records import Record
+from rlhfkit.rows import pad
+from rlhfkit.samples.couplets import applies, gold
+
+
+def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    """Answers (list of str) of the model in a folder to prompts, each a string or a Record; temperature 0 takes the likeliest token."""
+    model, tokenizer, family = load_model(model_path), load_tokenizer(model_path), family_of(model_path)
+    records = [p if isinstance(p, Record) else Record(prompt=p) for p in prompts]
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and max_new_tokens >= room:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; the model has {room} positions for prompt and answer: ask for fewer")
+    ids = [family.encode(tokenizer, r, None, room and room - max_new_tokens)[0] for r in records]
+    answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id, temperature, top_k, top_p, seed)
+    return [tokenizer.decode(a) for a in answers]
+
+
+def sample(model, prompts, max_new_tokens, end_ids, pad_id, temperature=0.0, top_k=0, top_p=1.0, seed=0, batch_size=64):
+    """prompts: lists of ids -> lists of answer ids, without the end token."""
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        seeds = [hash((seed, start + i)) for i in range(len(batch))]
+        rows = rollout(model, batch, max_new_tokens, end_ids, pad_id, seeds, temperature, top_k, top_p)
+        answers += [row[:-1] if row and row[-1] in end_ids else row for row in rows]
+    return answers
+
+
+def answer_samples(model, tokenizer, family, records, count, max_new_tokens, max_length, step):
+    """Greedy answers to the first `count` records -> sample dicts for a Result, with the judge's score where its rules apply."""
+    records = records[:count]
+    ids = [family.encode(tokenizer, r, None, max_length - max_new_tokens)[0] for r in records]
+    answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id) if records else []
+    rows = [dict(step=step, prompt=r.prompt, answer=tokenizer.decode(a)) for r, a in zip(records, answers)]
+    return [row | ({"gold": gold(row["prompt"], row["answer"])} if applies(row["prompt"]) else {}) for row in rows]
+
+
+@torch.no_grad()
+def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature, top_k=0, top_p=1.0, synced=False):
+    """One batch -> lists of sampled ids up to and with the end token; a row without one was cut by length.
+
+    seeds: one a row, for its noise; synced: sharded weights, all processes step together."""
+    device = next(model.parameters()).device
+    ids = pad(prompts, pad_id, side="left").to(device)                                      # (B, P)
+    mask = pad([[1] * len(p) for p in prompts], 0, side="left").to(device)
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(RowNoise(seeds, device))
+    was_training = model.training
+    model.eval()
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=end_ids,
+                         pad_token_id=pad_id, logits_processor=processors, use_cache=True, synced_gpus=synced)
+    model.train(was_training)
+    return [_until(row, end_ids) for row in out[:, ids.shape[1]:].tolist()]
+
+
+class RowNoise(LogitsProcessor):
+    """Gumbel noise on the logits, so that the likeliest token is a sample (Gumbel 1954); one generator a row."""
+
+    def __init__(self, seeds, device):
+        self.generators = [torch.Generator(device).manual_seed(seed % (1 << 62)) for seed in seeds]
+
+    def __call__(self, input_ids, scores):
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])   # (B, V)
+        return scores.float() - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+
+
+def _until(row, end_ids):
+    """The row up to and with its first end token."""
+    for t, token in enumerate(row):
+        if token in end_ids:
+            return row[:t + 1]
+    return row

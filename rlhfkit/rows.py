@@ -1,0 +1,154 @@
+"""Records become rows of ids, one function a stage, and rows become batches; `show` makes the loss mask visible.
+
+Only answers carry a loss; the 2023 kit trained on prompts and padding too. A record that cannot be used is set aside with a reason, never
+dropped silently; packed rows keep documents apart by positions that restart at 0 and carry no attention mask.
+"""
+import hashlib
+import random
+from pathlib import Path
+
+import torch
+
+from rlhfkit.records import pairs, read_records
+
+IGNORE = -100           # the label that torch's cross-entropy leaves out
+
+
+def read_data(path):
+    """A JSON-lines file, or a folder with train.jsonl and perhaps dev.jsonl -> (train records, dev records, rows set aside)."""
+    path, rejected = Path(path), []
+    train = path / "train.jsonl" if path.is_dir() else path
+    if not train.is_file():
+        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with train.jsonl")
+    dev = path / "dev.jsonl"
+    held_out = read_records(dev, rejected) if path.is_dir() and dev.is_file() else []
+    return read_records(train, rejected), held_out, rejected
+
+
+def data_hash(path):
+    """Hash of the bytes that `read_data` reads, 16 hexadecimal digits."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in ([path / "train.jsonl", path / "dev.jsonl"] if path.is_dir() else [path]):
+        if file.is_file():
+            with open(file, "rb") as f:
+                for block in iter(lambda: f.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def text_rows(records, family, tokenizer, max_length):
+    """Pre-training: each record's text as one document, packed in order into rows of at most max_length -> (rows, set aside).
+    Longer documents are cut into pieces; no token is lost."""
+    rows, open_row = [], []
+    for record in records:
+        ids = family.encode_text(tokenizer, text_of(record))
+        for piece in (ids[i:i + max_length] for i in range(0, len(ids), max_length)):
+            if sum(map(len, open_row)) + len(piece) > max_length:
+                rows.append(open_row)
+                open_row = []
+            open_row.append(piece)
+    rows += [open_row] if open_row else []
+    return [dict(id=i, source="", input_ids=sum(row, []), labels=sum(([IGNORE] + piece[1:] for piece in row), []),
+                 position_ids=[t for piece in row for t in range(len(piece))]) for i, row in enumerate(rows)], []
+
+
+def text_of(record):
+    """Prompt, prefix and best answer as one text."""
+    return record.prompt + record.prefix + (record.answers[0].text if record.answers else "")
+
+
+def sft_rows(records, family, tokenizer, max_length):
+    """The best answer of each record, loss on the answer and its end token -> (rows, set aside)."""
+    def row(record):
+        if not record.answers or not record.answers[0].text:
+            raise ValueError("no answer")
+        prompt, answer = family.encode(tokenizer, record, record.answers[0].text, max_length)
+        return dict(input_ids=prompt + answer, labels=[IGNORE] * len(prompt) + answer)
+    return _rows(records, row)
+
+
+def reward_rows(records, family, tokenizer, max_length):
+    """All scored answers of a prompt together: `answers` (prompt and answer ids) and `scores` -> (rows, set aside)."""
+    def row(record):
+        if not pairs(record):
+            raise ValueError("no answer is better than another")
+        return dict(answers=[sum(family.encode(tokenizer, record, a.text, max_length), []) for a in record.answers],
+                    scores=[a.score for a in record.answers])
+    return _rows(records, row)
+
+
+def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0):
+    """DPO: `prompt_ids, chosen_ids, rejected_ids`, up to pairs_per_prompt drawn by seed; one prompt encoding serves both sides."""
+    rng = random.Random(seed)
+
+    def row(record):
+        found = pairs(record)
+        if not found:
+            raise ValueError("no answer is better than another")
+        made = []
+        for chosen, rejected in rng.sample(found, min(pairs_per_prompt, len(found))):
+            longest = max(chosen.text, rejected.text, key=lambda t: len(family.encode(tokenizer, record, t)[1]))
+            prompt, _ = family.encode(tokenizer, record, longest, max_length)
+            made.append(dict(prompt_ids=prompt, chosen_ids=family.encode(tokenizer, record, chosen.text)[1],
+                             rejected_ids=family.encode(tokenizer, record, rejected.text)[1]))
+        return made
+    return _rows(records, row)
+
+
+def prompt_rows(records, family, tokenizer, max_length):
+    """Prompts for generation: `prompt_ids`, at most max_length of them -> (rows, set aside); the record rides along."""
+    return _rows(records, lambda r: dict(prompt_ids=family.encode(tokenizer, r, None, max_length)[0], record=r))
+
+
+def collate(rows, pad_id, side="right"):
+    """Rows -> input_ids, labels, attention_mask (B, T); packed rows get position_ids instead of a mask, padding being a document more."""
+    length = max(len(row["input_ids"]) for row in rows)
+    batch = dict(input_ids=pad([row["input_ids"] for row in rows], pad_id, length, side),
+                 labels=pad([row["labels"] for row in rows], IGNORE, length, side))
+    if "position_ids" in rows[0]:
+        batch["position_ids"] = torch.tensor([row["position_ids"] + list(range(length - len(row["position_ids"]))) for row in rows])
+    else:
+        batch["attention_mask"] = pad([[1] * len(row["input_ids"]) for row in rows], 0, length, side)
+    return batch
+
+
+def collate_answers(rows, pad_id):
+    """Reward rows -> input_ids, attention_mask (N, T) of all their answers, scores (N,), prompt (N,) the row each belongs to."""
+    answers = [ids for row in rows for ids in row["answers"]]
+    return dict(input_ids=pad(answers, pad_id), attention_mask=pad([[1] * len(ids) for ids in answers], 0),
+                scores=torch.tensor([float(s) for row in rows for s in row["scores"]]),
+                prompt=torch.tensor([i for i, row in enumerate(rows) for _ in row["answers"]]))
+
+
+def pad(lists, value, length=None, side="right"):
+    """Lists of ints -> (B, T) int64, filled with `value` on `side`."""
+    length = length or max(map(len, lists))
+    return torch.tensor([x + [value] * (length - len(x)) if side == "right" else [value] * (length - len(x)) + x for x in lists])
+
+
+def show(row, tokenizer):
+    """A row as text with what is trained on between ⟦ and ⟧; rows without labels (prompts, answers) as plain text."""
+    if "labels" not in row:
+        return "\n".join(tokenizer.decode(ids) for ids in row.get("answers") or [row["prompt_ids"]])
+    parts, start = [], 0
+    ids, trained = row["input_ids"], [label != IGNORE for label in row["labels"]]
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or trained[i] != trained[start]:
+            text = tokenizer.decode(ids[start:i])
+            parts.append(f"⟦{text}⟧" if trained[start] else text)
+            start = i
+    return "".join(parts)
+
+
+def _rows(records, build):
+    rows, rejected = [], []
+    for i, record in enumerate(records):
+        try:
+            made = build(record)
+        except ValueError as error:
+            rejected.append(dict(id=i, source=record.source, reason=str(error), text=record.prompt[:80]))
+            continue
+        rows += [dict(id=i, source=record.source, **r) for r in (made if isinstance(made, list) else [made])]
+    if records and not rows:
+        raise ValueError(f"none of {len(records)} records can be used; the first: {rejected[0]['reason']}")
+    return rows, rejected

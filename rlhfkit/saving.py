@@ -1,0 +1,151 @@
+"""The run folder: who owns it, what is in it, and that a save is whole or not at all.
+
+A run is known by its config, data and model. The same run again returns its result or goes on from its newest whole checkpoint; another
+run in the same folder is an error. Everything is written beside and renamed, so a full disk or a kill leaves what was there.
+"""
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhfkit.configs import Result
+from rlhfkit.families import WEIGHTS
+from rlhfkit.rows import data_hash
+
+FREE = ("output_dir", "resume", "report_to", "save_steps", "save_total_limit")       # may differ between two starts of one run
+
+
+def open_run(config, num_processes=0):
+    """The finished Result of this very run, or None after the folder is claimed for it (run.json).
+    Raises FileExistsError for a folder that holds another run or other files."""
+    folder = Path(config.output_dir)
+    run = {"config": config.to_dict(), "num_processes": num_processes, "data": data_hash(config.data_path),
+           "models": {name: fingerprint(path) for name in ("model_path", "reward_path")
+                      for path in str(getattr(config, name, "")).split(",") if path}}
+    file = folder / "run.json"
+    if file.is_file():
+        other = _differences(run, json.loads(file.read_text(encoding="utf-8")))
+        if other:
+            raise FileExistsError(f"output_dir {folder} already holds another run ({'; '.join(other)}); choose another folder or delete it")
+        if (folder / "result.json").is_file():
+            return Result.load(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"output_dir {folder} already holds other files ({sorted(os.listdir(folder))[0]}, …); choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, json.dumps(run | {"versions": versions()}, ensure_ascii=False, indent=1))
+    return None
+
+
+def save_folder(folder, write):
+    """`write(path)` into a folder beside, then move its files into `folder`: nothing is lost when writing fails half way."""
+    folder, beside = Path(folder), Path(folder) / ".partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        write(str(beside))
+        for file in sorted(beside.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def newest_checkpoint(folder, last_file):
+    """The checkpoint-N with the largest N whose last-written file is there, or None; half-written ones are passed over."""
+    whole = [p for p in Path(folder).glob("checkpoint-*") if (p / last_file).is_file() and p.name.split("-")[1].isdigit()]
+    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def save_checkpoint(folder, step, state, engines, keep, rank, barrier):
+    """A checkpoint of a training loop of ours (PPO), by all processes together: `state` of plain numbers and tensors, the engines' states,
+    each process's RNG. Written beside and renamed when all have written; the newest `keep` stay."""
+    beside, final = Path(folder) / f".checkpoint-{step}", Path(folder) / f"checkpoint-{step}"
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        for name in engines:
+            (beside / name).mkdir(parents=True)
+    barrier()
+    for name, engine in engines.items():
+        engine.save_state(beside / name)
+    torch.save(rng_state(), beside / f"rng{rank}.pt")
+    barrier()
+    if rank == 0:
+        torch.save(state | {"step": step}, beside / "state.pt")
+        os.replace(beside, final)
+        for old in sorted(int(p.name.split("-")[1]) for p in Path(folder).glob("checkpoint-*"))[:-keep]:
+            shutil.rmtree(Path(folder) / f"checkpoint-{old}")
+    barrier()
+
+
+def load_checkpoint(folder, engines, rank):
+    """The state of the newest checkpoint that `save_checkpoint` wrote in `folder`, put into the engines and this process's RNG, or None."""
+    newest = newest_checkpoint(folder, "state.pt")
+    if newest is None:
+        return None
+    for name, engine in engines.items():
+        engine.load_state(newest / name)
+    set_rng_state(torch.load(newest / f"rng{rank}.pt", map_location="cpu", weights_only=True))
+    return torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+
+
+def rng_state():
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["torch"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def fingerprint(path):
+    """A hash of a model folder: names and sizes of its weight files, with the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for file in sorted({f for pattern in WEIGHTS for f in Path(path).glob(pattern)}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as f:
+            digest.update(f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def versions():
+    """One line: the kit, its commit where it is a checkout, Python and the libraries that results depend on."""
+    names = ("rlhfkit", "torch", "transformers", "trl", "peft", "deepspeed", "accelerate")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} absent")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return ", ".join([f"python {platform.python_version()}", *found] + ([f"commit {commit.stdout.strip()}"] if commit.returncode == 0 else []))
+
+
+def _differences(run, other):
+    found = [f"{key}: {other[key]} there, {run[key]} here" for key in ("num_processes", "data") if run[key] != other[key]]
+    found += [f"{key} has other weights" for key in run["models"] if run["models"][key] != other["models"].get(key)]
+    here, there = run["config"], other["config"]
+    return [f"{key}: {there.get(key)!r} there, {value!r} here" for key, value in here.items()
+            if key not in FREE and value != there.get(key)] + found
+
+
+def _write(path, text):
+    beside = path.with_suffix(".partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,61 @@
+"""DPO on TRL's trainer; ours are the rows: one encoding of the prompt for both answers, no second tokenisation, nothing cut silently.
+
+The reference is the model that the run starts from; its log-probs are computed once, before training.
+"""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from rlhfkit.engine import device, mean_over
+from rlhfkit.rl import token_logps
+from rlhfkit.rollout import answer_samples
+from rlhfkit.rows import pad, pair_rows
+from rlhfkit.trainer import arguments, prepare, rows_for, train
+
+
+def run(config):
+    model, tokenizer, family = prepare(config)
+    rows, dev, dev_records = rows_for(config, lambda records: pair_rows(
+        records, family, tokenizer, config.max_length, config.pairs_per_prompt, config.seed))
+    answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, count=config.samples,
+                      max_new_tokens=config.max_new_tokens, max_length=config.max_length)
+    before = answers(model, step=0)
+    measure = partial(pair_figures, pad_id=tokenizer.pad_token_id, beta=config.beta)
+    for start in range(0, len(dev), config.batch_size):
+        batch = dev[start:start + config.batch_size]
+        for row, reference in zip(batch, pair_logps(model.to(device()).eval(), batch, tokenizer.pad_token_id).tolist()):
+            row["reference"] = reference
+    args = DPOConfig(**arguments(config), beta=config.beta, max_length=None, precompute_ref_log_probs=True, disable_dropout=True)
+    columns = [{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in rows]
+    trainer = RowTrainer(model=model, args=args, train_dataset=Dataset.from_list(columns), processing_class=tokenizer)
+    judge = (lambda model: mean_over(dev, config.batch_size, partial(measure, model))) if dev else None
+    result = train(config, trainer, tokenizer, judge)
+    result.samples = before + answers(trainer.model, step=trainer.state.global_step)
+    return result
+
+
+class RowTrainer(DPOTrainer):
+    """TRL's trainer on rows that are ids already."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+@torch.no_grad()
+def pair_logps(model, rows, pad_id):
+    """Summed log-probs (B, 2) of the chosen and the rejected answer of each row."""
+    ids = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+    answers = [[0] * len(row["prompt_ids"]) + [1] * len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    input_ids, answer = pad(ids, pad_id).to(device()), pad(answers, 0).to(device())         # (2B, T), chosen first
+    mask = pad([[1] * len(x) for x in ids], 0).to(device())
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return (token_logps(logits[:, :-1], input_ids[:, 1:]) * answer[:, 1:]).sum(1).view(2, -1).T
+
+
+def pair_figures(model, rows, pad_id, beta):
+    """Sums and counts of the held-out loss, accuracy and margin against the reference log-probs that the rows carry."""
+    margins = (pair_logps(model, rows, pad_id).cpu() - torch.tensor([row["reference"] for row in rows])) @ torch.tensor([beta, -beta])
+    return {"loss": (-F.logsigmoid(margins).sum(), len(rows)), "accuracy": ((margins > 0).sum(), len(rows)), "margin": (margins.sum(), len(rows))}

@@ -1,0 +1,209 @@
+"""What the stages on HF's and TRL's trainers share: the arguments from a run's config, log lines and history, resume, the final save.
+
+Held-out figures come from a function of the model that the stage gives (`judge`), at step 0, every eval_steps and at the end, so that every
+stage can say before and after; HF's own evaluation averages batch means.
+"""
+import json
+import os
+import re
+import time
+import warnings
+from collections import Counter
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.utils import logging as hf_logging
+
+from rlhfkit import health
+from rlhfkit.configs import Result
+from rlhfkit.engine import device, log_line, mean_over, rank, say, set_dropout
+from rlhfkit.families import family_of, load_model, load_tokenizer
+from rlhfkit.rows import IGNORE, collate, read_data
+from rlhfkit.saving import newest_checkpoint, save_folder
+from rlhfkit.zero import deepspeed_config
+
+LORA_TOLERANCE = 1e-3       # largest difference of a logit between adapter and merged weights, float32
+
+
+def prepare(config, wrap=None):
+    """(model in train mode with dropout and LoRA as configured, tokenizer, family) for a run; seeds everything. wrap: model -> model."""
+    set_seed(config.seed)
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    family = family_of(config.model_path)
+    model = load_model(config.model_path, dtype=config.dtype)
+    check_length(model, config.max_length)
+    model = wrap(model) if wrap else model
+    return adapt(set_dropout(model, config.dropout), config, family).train(), load_tokenizer(config.model_path), family
+
+
+def rows_for(config, build):
+    """`build(records) -> (rows, set aside)` on the run's data -> (train rows, dev rows, dev records); what is set aside is counted, said,
+    and listed in rejected.jsonl."""
+    records, dev_records, rejected = read_data(config.data_path)
+    if not records:
+        raise ValueError(f"data_path {config.data_path} holds no usable record; {len(rejected)} rows were set aside")
+    rows, aside = build(records)
+    dev, dev_aside = build(dev_records) if dev_records else ([], [])
+    rejected += aside + dev_aside
+    if rejected and rank() == 0:
+        with open(os.path.join(config.output_dir, "rejected.jsonl"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
+        reasons = Counter(re.sub(r"\d+", "n", r["reason"]) for r in rejected)
+        say(config.output_dir, f"{len(rejected)} of {len(records) + len(dev_records)} rows set aside (rejected.jsonl): "
+            + "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3)))
+    return rows, dev, dev_records
+
+
+def loss_judge(config, dev, pad_id):
+    """The held-out loss in nats a token, over all of the dev rows' labels."""
+    def measure(model, rows):
+        batch = {k: v.to(device()) for k, v in collate(rows, pad_id).items()}
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()                     # (B, T-1, V)
+        total = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+        return {"loss": (total, (labels[:, 1:] != IGNORE).sum())}
+    return (lambda model: mean_over(dev, config.batch_size, partial(measure, model))) if dev else None
+
+
+def check_length(model, max_length):
+    """Raise ValueError when rows could be longer than the model has positions."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and max_length > room:
+        raise ValueError(f"max_length is {max_length}; the model has {room} positions; set max_length to {room} or less")
+
+
+def adapt(model, config, family):
+    """The model with LoRA adapters when lora_rank is set."""
+    if not config.lora_rank:
+        return model
+    if config.zero_stage == 3:
+        raise ValueError("lora_rank with zero_stage 3 is not supported: the merged weights could not be checked; use zero_stage 2")
+    targets = [t.strip() for t in config.lora_targets.split(",") if t.strip()] or list(family.lora_targets) or "all-linear"
+    return get_peft_model(model, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout,
+                                            target_modules=targets,
+                                            modules_to_save=["v_head"] if hasattr(model, "v_head") else None))
+
+
+def merged(model, ids):
+    """The model with its adapters merged; raises ValueError where the logits on `ids` (1, T) move by more than LORA_TOLERANCE."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.float()
+        model = model.merge_and_unload()
+        worst = float((model(input_ids=ids).logits.float() - before).abs().max())
+    if worst > LORA_TOLERANCE * max(1.0, float(before.abs().max())) and before.dtype == torch.float32:
+        raise ValueError(f"merging LoRA moved a logit by {worst:.1e}, more than {LORA_TOLERANCE}; train with dtype float32 or mixed")
+    return model
+
+
+def arguments(config):
+    """Keywords of HF's TrainingArguments (and TRL's configs) for a run."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(config.output_dir, "tensorboard"))
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1 or config.zero_stage > 0
+    return dict(
+        output_dir=config.output_dir, seed=config.seed, data_seed=config.seed, per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
+        num_train_epochs=config.num_epochs, max_steps=config.max_steps or -1, warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, bf16=config.dtype == "mixed", fp16=False,
+        gradient_checkpointing=config.gradient_checkpointing, logging_steps=config.logging_steps, disable_tqdm=True,
+        save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 500, save_total_limit=config.save_total_limit,
+        eval_strategy="no", report_to=config.report_to, remove_unused_columns=False, use_cpu=device().type == "cpu",
+        deepspeed=deepspeed_config(config, trainer=True) if distributed else None)
+
+
+def train(config, trainer, tokenizer, judge=None, samples=()):
+    """Run an HF or TRL trainer to its end, save model and tokenizer into the run folder -> Result."""
+    trainer.remove_callback(PrinterCallback)
+    log = History(config, trainer, judge)
+    trainer.add_callback(log)
+    start = time.perf_counter()
+    checkpoint = newest_checkpoint(config.output_dir, "trainer_state.json") if config.resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save(config, trainer, tokenizer)
+    metrics = log.metrics | {"seconds": time.perf_counter() - start, "steps": trainer.state.global_step}
+    return Result(config.stage, config.to_dict(), metrics, config.output_dir, log.history, list(samples))
+
+
+def save(config, trainer, tokenizer):
+    """Weights (adapters merged) and tokenizer into the run folder, whole or not at all."""
+    if config.lora_rank:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        ids = torch.arange(8, 24, device=next(model.parameters()).device)[None]
+        model = merged(model, ids)
+
+        def write(folder):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        if rank() == 0:
+            save_folder(config.output_dir, write)
+    elif config.zero_stage == 3:            # every process takes part in the gather
+        trainer.save_model(os.path.join(config.output_dir, ".gathered"))
+        if rank() == 0:
+            tokenizer.save_pretrained(os.path.join(config.output_dir, ".gathered"))
+            save_folder(config.output_dir, lambda folder: _move(os.path.join(config.output_dir, ".gathered"), folder))
+    elif rank() == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_folder(config.output_dir, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+
+
+class History(TrainerCallback):
+    """Log lines as they come, the history for the Result, held-out figures from the stage's judge, health warnings."""
+
+    def __init__(self, config, trainer, judge):
+        self.config, self.trainer, self.judge = config, trainer, judge
+        self.history, self.metrics, self.last = [], {}, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = [row for row in state.log_history if "loss" in row or "eval_loss" in row]
+        if not self.history:
+            self._judge(0)
+        self.metrics = {f"{k}_before": v for k, v in (self.history[0] if self.history else {}).items() if k.startswith("eval_")}
+        self.last = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        row = {"step": state.global_step, **{k: float(v) for k, v in logs.items() if k != "epoch"}, "seconds": now - self.last}
+        self.last = now
+        self._add(row)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.config.eval_steps and state.global_step % self.config.eval_steps == 0 and state.global_step < state.max_steps:
+            self._judge(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._judge(state.global_step)
+        losses = [row["loss"] for row in self.history if "loss" in row]
+        self.metrics |= {k: v for k, v in (self.history[-1] if self.history else {}).items() if k.startswith("eval_")}
+        self.metrics |= {"loss": losses[-1]} if losses else {}
+
+    def _judge(self, step):
+        if self.judge is None:
+            return
+        model = self.trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+        figures = self.judge(model)
+        model.train(was_training)
+        if figures:
+            self._add({"step": step, **{f"eval_{k}": v for k, v in figures.items()}})
+
+    def _add(self, row):
+        self.history.append(row)
+        say(self.config.output_dir, log_line(row))
+        for line in health.warnings_at(self.history, self.config.to_dict()):
+            say(self.config.output_dir, line)
+
+
+def _move(source, target):
+    for name in os.listdir(source):
+        os.replace(os.path.join(source, name), os.path.join(target, name))
+    os.rmdir(source)
