@@ -90,6 +90,7 @@ class Pretrain(Run):
 class SFT(Run):
     """Loss on the best answer and its end token."""
 
+    packing: bool = False               # several records a row of max_length, none seen by another
     max_new_tokens: int = 64            # of the samples written at the end
     samples: int = 4                    # held-out prompts answered before and after; 0: none
 

@@ -145,7 +145,7 @@ def tiny(output_dir, family="pangu", seed=0, vocab_path="", hidden_size=128, num
     else:
         from rlhfkit.sources import build
         texts = sorted({t for r in build() for t in (r.prompt, r.prefix, *(a.text for a in r.answers)) if t})
-        tokenizer = train_vocab(texts, folder, 4000)
+        tokenizer = train_vocab(texts, folder, 2400)
     tokenizer.save_pretrained(folder)
     config = PanguConfig(vocab_size=tokenizer.vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4)
     with torch.random.fork_rng():

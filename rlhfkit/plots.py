@@ -1,8 +1,7 @@
 """Figures, all of one size and palette; the title is the finding, and the caller knows it.
 
-Chinese text is drawn, not boxes, on machines without Chinese fonts: glyphs that matplotlib's own font lacks come from the
-font in the package paperang-p2-fonts-cjk. Nothing is returned or shown: a notebook draws the open figure after its cell,
-a script saves `plt.gcf()`.
+Chinese text is drawn, not boxes, on machines without Chinese fonts: what matplotlib's own font lacks comes from that in
+the package paperang-p2-fonts-cjk. Nothing is returned: a notebook shows the figure, a script saves `plt.gcf()`.
 """
 import warnings
 from functools import cache
@@ -12,7 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 
 SIZE, DPI = (6.4, 3.0), 100
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999"]   # Okabe and Ito
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999", "#444444", "#661100",
+           "#BBBBBB"]                                   # Okabe and Ito's, then greys and a brown
 PANELS = {"pretrain": ["loss"], "sft": ["loss"], "reward": ["loss", "accuracy", "margin"],
           "dpo": ["loss", "rewards/accuracies", "rewards/margins"], "ppo": ["score", "gold", "kl", "length"]}
 AXES = {"kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "length (tokens)",
@@ -28,13 +28,14 @@ def plot_history(result, *names, title=""):
     wanted = [name.removeprefix("eval_") for name in names] or [n for n in PANELS[result.stage] if n in known]
     missing = [name for name in wanted if name not in known]
     if missing or not wanted:
-        raise ValueError(f"the history has no {', '.join(missing) or 'figures'}; it has: {', '.join(sorted(known)) or 'no rows'}")
+        raise ValueError(f"the history has no {', '.join(missing) or 'figures'}; it has: {', '.join(sorted(known))}")
     figure, axes = _figure(len(wanted), title)
     for ax, name in zip(axes, wanted):
-        for key, style, label in ((name, "-", "training"), ("eval_" + name, "o:", "held out")):
+        for key, style, colour, label in ((name, "-", COLOURS[0], "training"),
+                                          ("eval_" + name, "o:", COLOURS[1], "held out")):
             points = [(row["step"], row[key]) for row in result.history if row.get(key) is not None]
             if points:
-                ax.plot(*zip(*points), style, markersize=4, linewidth=1.2, label=label)
+                ax.plot(*zip(*points), style, color=colour, markersize=4, linewidth=1.2, label=label)
         ax.set(xlabel="step", ylabel=AXES.get(name, name))
         ax.locator_params(nbins=4)
     most = max(axes, key=lambda ax: len(ax.lines))
@@ -43,8 +44,10 @@ def plot_history(result, *names, title=""):
 
 
 def plot_margins(margins, title=""):
-    """Histogram of held-out margins (score of the better answer less that of the other): numbers, or a reward Result that
-    holds them as metrics["margins"]. The share above 0 stands in the title."""
+    """Histogram of margins (score of the better answer less that of the other), their share above 0 in the title.
+
+    margins: numbers, or a reward Result that holds those of its held-out pairs as metrics["margins"].
+    """
     values = list(margins.metrics.get("margins", ()) if hasattr(margins, "metrics") else margins)
     if not values:
         raise ValueError("there are no margins; give a list of numbers, or a reward Result with metrics['margins']")
@@ -58,42 +61,49 @@ def plot_margins(margins, title=""):
 
 
 def plot_scores(*tables, labels=(), title=""):
-    """Tables of `rk.evaluate`, each with its label -> a bar for each task's total, with its 95 % interval and a mark at chance."""
-    _, (ax,) = _figure(1, title)
-    totals = [table[~table["task"].str.contains("/")] if not table["task"].str.contains("/").all() else table for table in tables]
-    rows = list(dict.fromkeys((task, metric) for table in totals for task, metric in zip(table["task"], table["metric"])))
-    several = {task for task, _ in rows if sum(task == other for other, _ in rows) > 1}
+    """Tables of `rk.evaluate`, each with its label -> a bar for each task's total, 95 % interval, a mark at chance."""
+    figure, (ax,) = _figure(1, title)
+    totals = [_totals(table) for table in tables]
+    keys = [list(zip(table["task"], table["metric"])) for table in totals]
+    rows = list(dict.fromkeys(key for table in keys for key in table))
     width = 0.8 / len(tables)
     for number, table in enumerate(totals):
-        places = [rows.index(key) + (number - (len(tables) - 1) / 2) * width for key in zip(table["task"], table["metric"])]
+        shift = (number - (len(tables) - 1) / 2) * width
+        places = [rows.index(key) + shift for key in keys[number]]
         spread = [(table["score"] - table["low"]).clip(lower=0), (table["high"] - table["score"]).clip(lower=0)]
         ax.barh(places, table["score"], width, xerr=spread, label=labels[number] if labels else None,
                 error_kw=dict(linewidth=1, capsize=2))
-        chance = ax.vlines(table["chance"], [p - width / 2 for p in places], [p + width / 2 for p in places],
-                           color="black", linewidth=1.5, linestyles=(0, (1, 1)), label="chance" if number == len(tables) - 1 else None)
-    ax.set_yticks(range(len(rows)), [f"{task} {metric}" if task in several else task for task, metric in rows])
+        ends = [[place + side * width / 2 for place in places] for side in (-1, 1)]
+        ax.vlines(table["chance"], *ends, color="black", linestyle=":", label="" if number else "chance")
+    tasks = [task for task, _ in rows]
+    ax.set_yticks(range(len(rows)), [f"{task} {metric}" if tasks.count(task) > 1 else task for task, metric in rows])
     ax.set(xlabel="score, 95 % interval", xlim=(0, 1))
     ax.invert_yaxis()
-    ax.figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", ncols=1 + len(tables), fontsize="small", frameon=False)
 
 
 def plot_memory(*estimates, labels=(), title=""):
-    """Estimates of `rk.will_it_fit`, each with its label -> stacked parts beside the GPU's size; or one table of `rk.sweep`
-    (swept fields first, then `tokens_per_second`, `memory_gib`) -> bars of peak memory and of speed."""
+    """Estimates of `rk.will_it_fit`, each with its label -> parts stacked against the GPU's size; or one table of
+    `rk.sweep` (swept fields, then `tokens_per_second` and `memory_gib`) -> bars of peak memory and of speed."""
     if hasattr(estimates[0], "columns"):
         return _plot_sweep(estimates[0], title)
     figure, (ax,) = _figure(1, title)
     left, parts = [0.0] * len(estimates), list(dict.fromkeys(name for e in estimates for name in e.parts))
-    colours = COLOURS + ["#444444", "#BBBBBB"]
-    for name, colour in zip(parts, colours * 2):
+    for name, colour in zip(parts, COLOURS * 2):
         sizes = [e.parts.get(name, 0.0) for e in estimates]
         ax.barh(range(len(estimates)), sizes, 0.6, left, label=name, color=colour)
         left = [a + b for a, b in zip(left, sizes)]
     ax.axvline(estimates[0].gpu_room, color="black", linestyle="--", linewidth=1, label="GPU")
     ax.set_yticks(range(len(estimates)), labels or [""] * len(estimates))
-    ax.set(xlabel="GiB a GPU")
-    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlabel="GiB a GPU", ylim=(len(estimates) - 0.4, -0.6))
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+
+
+def _totals(table):
+    """The rows of whole tasks, `ceval` but not `ceval/STEM`; a table of subjects alone stays as it is."""
+    part = table["task"].str.contains("/")
+    return table if part.all() else table[~part]
 
 
 def _plot_sweep(table, title):

@@ -37,19 +37,12 @@ def data_hash(path):
 
 
 def text_rows(records, family, tokenizer, max_length):
-    """Pre-training: each record's text as one document, packed in order into rows of at most max_length -> (rows, set aside).
-    Longer documents are cut into pieces; no token is lost."""
-    rows, open_row = [], []
-    for record in records:
+    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token lost."""
+    def pieces(record):
         ids = family.encode_text(tokenizer, text_of(record))
-        for piece in (ids[i:i + max_length] for i in range(0, len(ids), max_length)):
-            if sum(map(len, open_row)) + len(piece) > max_length:
-                rows.append(open_row)
-                open_row = []
-            open_row.append(piece)
-    rows += [open_row] if open_row else []
-    return [dict(id=i, source="", input_ids=sum(row, []), labels=sum(([IGNORE] + piece[1:] for piece in row), []),
-                 position_ids=[t for piece in row for t in range(len(piece))]) for i, row in enumerate(rows)], []
+        return [dict(input_ids=ids[i:i + max_length], labels=ids[i:i + max_length]) for i in range(0, len(ids), max_length)]
+    rows, rejected = _rows(records, pieces)
+    return pack(rows, max_length), rejected
 
 
 def text_of(record):
@@ -57,14 +50,30 @@ def text_of(record):
     return record.prompt + record.prefix + (record.answers[0].text if record.answers else "")
 
 
-def sft_rows(records, family, tokenizer, max_length):
+def pack(rows, max_length):
+    """Rows laid end to end, in order, into rows of at most max_length; positions restart, and nothing predicts a document's first token."""
+    packed, used = [], max_length
+    for row in rows:
+        ids, labels = row["input_ids"], [IGNORE] + row["labels"][1:]
+        if used + len(ids) > max_length:
+            packed.append(dict(id=len(packed), source="", input_ids=[], labels=[], position_ids=[]))
+            used = 0
+        used += len(ids)
+        packed[-1]["input_ids"] += ids
+        packed[-1]["labels"] += labels
+        packed[-1]["position_ids"] += range(len(ids))
+    return packed
+
+
+def sft_rows(records, family, tokenizer, max_length, packing=False):
     """The best answer of each record, loss on the answer and its end token -> (rows, set aside)."""
     def row(record):
         if not record.answers or not record.answers[0].text:
             raise ValueError("no answer")
         prompt, answer = family.encode(tokenizer, record, record.answers[0].text, max_length)
         return dict(input_ids=prompt + answer, labels=[IGNORE] * len(prompt) + answer)
-    return _rows(records, row)
+    rows, rejected = _rows(records, row)
+    return (pack(rows, max_length) if packing else rows), rejected
 
 
 def reward_rows(records, family, tokenizer, max_length):

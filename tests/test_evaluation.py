@@ -1,4 +1,4 @@
-"""Evaluation: models whose score is known, scorers against ten-line references, statistics by worked numbers."""
+"""What `evaluate` makes of models whose score is known beforehand; they take strings, so no weights are needed."""
 import hashlib
 import json
 import math
@@ -8,20 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from rlhfkit import evaluation, samples
-from rlhfkit.configs import Result
-from rlhfkit.evaluation.metrics import credit, mcnemar, mean_interval, paired_interval, wilson
-from rlhfkit.evaluation.scorers import TokenModel, loglikelihoods
-from rlhfkit.models.pangu import PanguConfig, PanguForCausalLM
-from rlhfkit.models.value import RewardModel
-from rlhfkit.records import Answer, Record
+from rlhfkit.evaluation.metrics import credit
+from rlhfkit.records import Record
 from rlhfkit.tasks import TASKS
-from rlhfkit.tokenizers.pangu import train_vocab
 
 CHOICE_TASKS = ["ocnli", "tnews", "c3", "ceval", "mmlu"]
-TEXTS = [f.read_text(encoding="utf-8") for f in sorted(samples.EVAL.rglob("*.*"))]
 
 
 class Oracle:
@@ -44,6 +37,17 @@ class Oracle:
         return [self.answers[p] for p in prompts]
 
 
+class Marker:
+    """Has the answers as a list in the order of the file: real files hold the same question twice with two answers."""
+
+    def __init__(self, tasks, root):
+        rendered = [task.render(e, ()) for task in tasks for e in task.load(root / task.name, task.split)]
+        self.marks = iter([i == gold for _, choices, gold in rendered if gold is not None for i in range(len(choices))])
+
+    def loglikelihoods(self, requests):
+        return [-1.0 if next(self.marks) else -2.0 for _ in requests]
+
+
 class Uniform:
     def loglikelihoods(self, requests):
         return [-10.0] * len(requests)
@@ -52,20 +56,6 @@ class Uniform:
 class Hashed:
     def loglikelihoods(self, requests):
         return [-int(hashlib.sha256("|".join(r).encode()).hexdigest()[:8], 16) / 1e6 for r in requests]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """An untrained Pangu model of 96 positions in float64-like weights (large, so that scores differ), and its tokenizer."""
-    tokenizer = train_vocab(TEXTS, tmp_path_factory.mktemp("vocab"), 2500)
-    torch.manual_seed(0)
-    config = PanguConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=4,
-                         max_position_embeddings=96, initializer_range=0.3)
-    return PanguForCausalLM(config).eval(), tokenizer
-
-
-def scores(table):
-    return {row.task: row.score for row in table.itertuples() if row.metric in ("accuracy", "f1", "gold")}
 
 
 def test_a_model_that_knows_the_answer_scores_one():
@@ -79,7 +69,8 @@ def test_a_model_that_knows_the_answer_scores_one():
 
 def test_on_real_rows_the_oracle_scores_one_and_ignorant_models_score_chance(shared):
     root = shared / "data/eval"
-    assert (evaluation.evaluate(Oracle([TASKS[t] for t in CHOICE_TASKS], root), CHOICE_TASKS, root).score == 1).all()
+    assert (evaluation.evaluate(Marker([TASKS[t] for t in CHOICE_TASKS], root), CHOICE_TASKS, root).score == 1).all()
+    assert (evaluation.evaluate(Oracle([TASKS["cmrc2018"]], root), "cmrc2018", root).score == 1).all()
     uniform = evaluation.evaluate(Uniform(), CHOICE_TASKS, root)
     assert np.allclose(uniform.score, uniform.chance)
     hashed = evaluation.evaluate(Hashed(), CHOICE_TASKS, root)
@@ -88,10 +79,9 @@ def test_on_real_rows_the_oracle_scores_one_and_ignorant_models_score_chance(sha
 
 
 def test_with_shuffled_labels_the_oracle_scores_chance(shared):
-    task, rng = TASKS["ceval"], random.Random(0)
-    oracle = Oracle([task], shared / "data/eval")
-    shuffled = replace(task, load=lambda folder, split: [{**e, "gold": rng.randrange(4)} for e in task.load(folder, split)])
-    row = evaluation.evaluate(oracle, shuffled, shared / "data/eval").iloc[0]
+    task, rng, root = TASKS["ceval"], random.Random(0), shared / "data/eval"
+    shuffled = replace(task, load=lambda *of: [e | {"gold": rng.randrange(4)} for e in task.load(*of)])
+    row = evaluation.evaluate(Marker([task], root), shuffled, root).iloc[0]
     assert abs(row.score - 0.25) < 3.5 * math.sqrt(0.25 * 0.75 / row.examples)
 
 
@@ -115,16 +105,15 @@ def test_shots_come_from_another_split_and_are_the_same_for_every_candidate(name
         def generate(self, prompts, max_new_tokens):
             self.contexts = prompts
             return [""] * len(prompts)
-    zero, two = Listener(), Listener()
-    evaluation.evaluate(zero, name)
-    evaluation.evaluate(two, name, shots=2)
-    again = Listener()
-    evaluation.evaluate(again, name, shots=2)
-    assert two.contexts == again.contexts and len(set(two.contexts)) == len(set(zero.contexts)) or name == "tnews"
-    asked = {e.get("question", e.get("sentence", e.get("second", e.get("prompt")))) for e in TASKS[name].load(samples.EVAL / name, TASKS[name].split)}
+    zero, two, again = Listener(), Listener(), Listener()
+    for model, shots in ((zero, 0), (two, 2), (again, 2)):
+        evaluation.evaluate(model, name, shots=shots)
+    assert two.contexts == again.contexts and len(set(two.contexts)) == len(set(zero.contexts))
+    asked = [e.get("question", e.get("sentence", e.get("second", e.get("prompt"))))
+             for e in TASKS[name].load(samples.EVAL / name, TASKS[name].split)]
     for short, long in zip(zero.contexts, two.contexts):
-        shots = long.removesuffix(short.split("\n\n", 1)[1] if name in ("ceval", "mmlu") else short)
-        assert len(shots) > 20 and shots != long and not any(text in shots for text in asked)
+        shown = long.removesuffix(short.split("\n\n", 1)[1] if name in ("ceval", "mmlu") else short)
+        assert len(shown) > 20 and shown != long and not any(text in shown for text in asked)
 
 
 def test_a_shot_that_is_the_scored_item_itself_is_passed_over(tmp_path):
@@ -214,178 +203,6 @@ def test_a_table_is_saved_with_its_items(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["items.jsonl", "table.csv"]
 
 
-# The scorer of models
-
-def one_by_one(model, prompt, continuation):
-    """Ten-line reference: one forward pass an item, no padding, every position through the head."""
-    with torch.no_grad():
-        logps = model(input_ids=torch.tensor([prompt + continuation])).logits[0].double().log_softmax(-1)
-    return sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(continuation))
-
-
-def requests(vocab, count=40):
-    rng = random.Random(1)
-    return [([rng.randrange(10, vocab) for _ in range(rng.randint(1, 40))],
-             [rng.randrange(10, vocab) for _ in range(rng.randint(1, 20))]) for _ in range(count)]
-
-
-def test_loglikelihoods_equal_the_reference_for_every_batch_size_and_order(small):
-    """Fault E2 again: the token at t is scored from the logits at t - 1, and E1: through one log_softmax."""
-    model, asked = small[0], requests(small[0].config.vocab_size)
-    expected = [one_by_one(model, p, c) for p, c in asked]
-    order = random.Random(2).sample(range(len(asked)), len(asked))
-    shuffled = dict(zip(order, loglikelihoods(model, [asked[i] for i in order], 300)))
-    for values in (loglikelihoods(model, asked), loglikelihoods(model, asked, 1), loglikelihoods(model, asked, 420), shuffled):
-        assert all(abs(values[i] - expected[i]) < 1e-5 * len(asked[i][1]) for i in range(len(asked)))
-
-
-def test_letters_share_one_row_and_keep_their_own_score(small):
-    prompt, rows = [1, 20, 30, 40], []
-    hook = small[0].transformer.register_forward_hook(
-        lambda module, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    values = loglikelihoods(small[0], [(prompt, [letter]) for letter in (50, 51, 52, 53)])
-    hook.remove()
-    assert rows == [1]
-    assert values == pytest.approx([one_by_one(small[0], prompt, [letter]) for letter in (50, 51, 52, 53)], abs=1e-5)
-
-
-def test_a_request_without_tokens_is_refused(small):
-    with pytest.raises(ValueError, match="0 continuation tokens"):
-        loglikelihoods(small[0], [([1], [])])
-
-
-def test_a_model_that_was_trained_on_the_answers_scores_above_chance(small):
-    """From rows to table with our own model: what it learnt of the items is what the scorer finds."""
-    model, tokenizer = PanguForCausalLM(small[0].config), small[1]
-    with torch.no_grad():
-        for parameter, source in zip(model.parameters(), small[0].parameters()):
-            parameter.copy_(source * 0.1)
-    reader = TokenModel(model, tokenizer)
-    optimizer, batches = torch.optim.Adam(model.parameters(), lr=3e-3), []
-    for example in TASKS["c3"].load(samples.EVAL / "c3", "dev"):
-        record, choices, gold = TASKS["c3"].render(example, ())
-        _, ids, (tail,) = reader._fit(record, (choices[gold],))
-        batches.append((ids, tail))
-    for _ in range(25):
-        for ids, tail in batches:
-            logps = model(input_ids=torch.tensor([ids + tail])).logits[0, len(ids) - 1:-1].log_softmax(-1)
-            optimizer.zero_grad()
-            (-logps.gather(1, torch.tensor(tail)[:, None]).mean()).backward()
-            optimizer.step()
-    assert evaluation.evaluate((model.eval(), tokenizer), "c3").score.item() == 1
-
-
-def test_long_items_lose_the_beginning_of_their_context_never_a_choice(small):
-    reader = TokenModel(*small)
-    record, choices, _ = TASKS["cmrc2018"].render(TASKS["cmrc2018"].load(samples.EVAL / "cmrc2018", "dev")[0], ())
-    prompt, ids, tails = reader._fit(record, ("十二米", "四年"))
-    assert reader.cut == 1 and len(ids) + max(map(len, tails)) <= 96
-    assert (record.prompt + "答：").endswith(prompt) and prompt.endswith("问：青石桥有多长？\n答：")
-    assert tails == [small[1].encode_texts([t])[0] for t in ("十二米", "四年")]
-    assert len(ids) + max(map(len, tails)) > 80                                     # and no more than needed
-
-
-def test_a_label_before_a_long_article_stays_and_the_article_loses_its_end(small):
-    reader = TokenModel(*small)
-    _, ids, tails = reader._fit(Record("这是关于"), tuple(f"{label}的文章:{'春天去山里看茶园' * 40}" for label in ("体育", "故事")))
-    heads = [small[1].encode_texts([label])[0] for label in ("体育", "故事")]
-    assert len(ids) + max(map(len, tails)) == 96 and all(t[:len(h)] == h for t, h in zip(tails, heads)) and reader.cut == 1
-    with pytest.raises(ValueError, match="too few for 96 new tokens"):
-        reader.answer([Record("上联：春风", prefix="下联：")], 96)
-
-
-def test_evaluating_a_model_leaves_its_mode_and_counts_what_was_cut(small):
-    model, tokenizer = small
-    model.train()
-    table = evaluation.evaluate((model, tokenizer), ["ceval", "cmrc2018", "couplets"], limit=4)
-    assert model.training and table.attrs["cut"] == {"ceval": 4, "cmrc2018": 4, "couplets": 0}
-    model.eval()
-
-
-def test_perplexity_counts_every_token_once_also_in_windows(small):
-    model, tokenizer = small
-    texts = ["小李有一个姐姐", "青石桥建于村口小溪之上" * 20]
-    table = evaluation.perplexity((model, tokenizer), [Record(t, source=s) for t, s in zip(texts, "ab")])
-    ids = [[1, *tokenizer.encode_texts([t])[0], tokenizer.eos_token_id] for t in texts]
-    assert table.source.tolist() == ["total", "a", "b"] and len(ids[1]) > 96
-    assert table.tokens.tolist() == [len(ids[0]) + len(ids[1]) - 2, len(ids[0]) - 1, len(ids[1]) - 1]
-    assert table.characters.tolist() == [7 + 220, 7, 220]
-    nats = -one_by_one(model, ids[0][:1], ids[0][1:])
-    assert table.perplexity[1] == pytest.approx(math.exp(nats / (len(ids[0]) - 1)), rel=1e-5)
-    assert table.nats_per_character[1] == pytest.approx(nats / 7, rel=1e-5)
-    with pytest.raises(ValueError, match="records is empty"):
-        evaluation.perplexity(small, [])
-
-
-@pytest.fixture(scope="module")
-def reward_path(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward")
-    RewardModel.from_causal(small[0]).save_pretrained(folder)
-    small[1].save_pretrained(folder)
-    return str(folder)
-
-
-def preferences():
-    answers = ["晨露", "晨露润花花更红", "花", "春雨"]
-    return [Record(f"上联：{line}", tuple(Answer(a, 3.0 - i) for i, a in enumerate(answers)), "下联：", source=source)
-            for line, source in (("晚风", "couplets"), ("秋月照寒江", "couplets"), ("小溪", "poetry"))]
-
-
-def test_reward_scores_do_not_see_their_neighbours(reward_path):
-    """I10: the score of an answer is the same alone and in a padded batch."""
-    records = preferences()
-    together = evaluation.score(reward_path, records)
-    assert [len(s) for s in together] == [4, 4, 4]
-    alone = evaluation.score(reward_path, [replace(records[1], answers=records[1].answers[1:2])])[0][0]
-    assert alone == pytest.approx(together[1][1], abs=1e-6)
-
-
-def test_a_report_card_counts_all_ordered_pairs(reward_path):
-    records = preferences()
-    card = evaluation.report_card(reward_path, records)
-    scores = evaluation.score(reward_path, records)
-    right = [s[i] > s[j] for s in scores for i in range(4) for j in range(i + 1, 4)]
-    assert card.by.tolist() == ["total", "source", "source", "margin", "margin", "margin"]
-    assert card.pairs.tolist() == [18, 12, 6, 9, 6, 3] and card.group.tolist()[3:] == [1, 2, 3]
-    assert card.accuracy[0] == pytest.approx(sum(right) / 18) and card.low[0] < card.accuracy[0] < card.high[0]
-    assert -1 <= card.length_correlation[0] <= 1
-    with pytest.raises(ValueError, match="no pair to rank"):
-        evaluation.report_card(reward_path, [Record("上联：晚风", (Answer("晨露", 1.0),))])
-
-
-# Statistics
-
-@pytest.mark.parametrize("successes, n, low, high", [
-    (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])    # Newcombe 1998
-def test_wilson_intervals_are_the_published_ones(successes, n, low, high):
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_the_interval_of_a_mean_has_its_standard_error():
-    assert mean_interval([0.0, 1.0] * 50) == pytest.approx((0.5 - 1.96 * 0.0502519, 0.5 + 1.96 * 0.0502519), abs=1e-5)
-    assert mean_interval([0.0] * 10) == pytest.approx((0.0, 0.2775), abs=1e-4)       # all alike is no certainty
-
-
-def test_mcnemar_is_the_exact_sign_test():
-    assert mcnemar([1] * 8 + [-1] * 2 + [0] * 50) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert mcnemar([0, 0]) == 1.0
-
-
-def test_paired_intervals_are_seeded_and_cover_at_their_level():
-    rng = np.random.default_rng(3)
-    draws = [paired_interval(rng.normal(0.2, 1.0, 60), resamples=200) for _ in range(200)]
-    assert 180 <= sum(low <= 0.2 <= high for low, high in draws) <= 199
-    assert paired_interval([1, 2, 3, 9]) == paired_interval([1, 2, 3, 9])
-
-
-def test_compare_takes_numbers_over_the_same_items():
-    row = evaluation.compare([0.0, 0.5, 0.25, 0.0], [1.0, 0.5, 0.75, 0.5]).iloc[0]
-    assert (row.a, row.b, row.difference, row.examples) == (0.1875, 0.6875, 0.5, 4)
-    assert 0 < row.low < 0.5 < row.high <= 1 and row.p == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="2 and 3 numbers"):
-        evaluation.compare([1, 2], [1, 2, 3])
-
-
 def test_compare_pairs_tables_and_their_folders_item_by_item(tmp_path):
     oracle = Oracle([TASKS["ocnli"], TASKS["mmlu"]], samples.EVAL)
     evaluation.evaluate(Uniform(), ["ocnli", "mmlu"], output_dir=tmp_path)
@@ -397,24 +214,3 @@ def test_compare_pairs_tables_and_their_folders_item_by_item(tmp_path):
         evaluation.compare(evaluation.evaluate(Uniform(), "c3"), tmp_path)
     with pytest.raises(ValueError, match="no item credits"):
         evaluation.compare(pd.read_csv(tmp_path / "table.csv"), best)
-
-
-def test_compare_takes_the_last_samples_and_the_figures_of_results(tmp_path):
-    def result(name, golds, loss):
-        rows = [dict(step=step, prompt=p, answer="x", gold=g * step / 20) for step in (10, 20) for p, g in zip("aabc", golds)]
-        folder = tmp_path / name
-        folder.mkdir()
-        return Result("sft", {}, {"eval_loss": loss}, str(folder), [], rows).save()
-    before, after = result("before", [0.2, 0.4, 0.0, 0.0], 2.0), result("after", [0.4, 0.6, 0.2, 0.2], 1.5)
-    for table in (evaluation.compare(before, after), evaluation.compare(before.output_dir, after.output_dir)):
-        rows = {r.metric: r for r in table.itertuples()}
-        assert rows["gold"].difference == pytest.approx(0.2) and rows["gold"].examples == 4
-        assert rows["gold"].low == pytest.approx(0.2) and rows["eval_loss"].difference == -0.5
-        assert math.isnan(rows["eval_loss"].low)
-
-
-def test_the_published_tables_are_kept_as_data():
-    folder = samples.EVAL.parents[1] / "evaluation/tables"
-    ceval, clue = pd.read_csv(folder / "ceval.csv"), pd.read_csv(folder / "clue.csv")
-    assert len(ceval) == len(pd.read_csv(folder / "mmlu.csv")) == 18 and ceval.average.between(20, 100).all()
-    assert len(clue) == 80 and clue.score.between(0, 1).all()

@@ -64,7 +64,8 @@ def test_a_row_of_the_corpus_published_in_2023_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("bad, reason", [
-    (b'{"prompt": "\xff"}', "not UTF-8 at byte 13"), ('{"prompt": ', "not JSON"), ("[1]", "a list"), ("null", "NoneType"),
+    (b'{"prompt": "\xff"}', "not UTF-8 at byte 13"), ('{"prompt": ', "not JSON"), ("[1]", "a list"),
+    ("null", "NoneType"),
     ('{"answers": []}', "no field 'prompt'"), ('{"prompt": "问"}', "no field 'answers'"),
     ('{"prompt": ["问"], "answers": []}', "prompt is"), ('{"prompt": "", "answers": []}', "must not be empty"),
     ('{"prompt": "问", "answers": "答"}', "answers is '答'"), ('{"prompt": "问", "answers": ["答"]}', "fields 'answer'"),

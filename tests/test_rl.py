@@ -19,8 +19,6 @@ def pad(x, left, right, filler):
     return torch.nn.functional.pad(x, (left, right), value=filler)
 
 
-# ---- log-probs and entropy
-
 def test_a_tokens_log_prob_is_that_of_the_temperature_scaled_softmax():
     logits = torch.tensor([[[0.0, math.log(3.0)]]])
     # T = 1: weights 1 and 3, so 1/4 and 3/4; T = 0.5 squares the weights, so 1/10 and 9/10
@@ -37,8 +35,6 @@ def test_log_probs_of_half_precision_logits_are_taken_in_float32():
     close(logps, torch.tensor([[-math.log(40000)]]), atol=1e-4, rtol=0)
     assert rl.token_logps(logits.double(), torch.tensor([[7]])).dtype == torch.float64
 
-
-# ---- KL
 
 def test_k1_and_k3_are_unbiased_and_k3_is_never_negative():
     """P8, I13: by enumeration of a vocabulary of five, no sampling."""
@@ -76,8 +72,6 @@ def test_the_kl_off_the_answer_is_zero_whatever_stands_there():
         close(k, row(0.0, 0.0, 0.0))
 
 
-# ---- rewards
-
 def test_the_score_is_added_at_the_last_answer_token():
     """P7: the 2023 kit and others index -1, which in a padded row is a pad; an empty answer crashed it."""
     answer = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
@@ -96,8 +90,6 @@ def test_an_answer_without_its_end_token_is_scored_lower():
     rewards = rl.shaped_rewards(torch.tensor([1.0, 1.0]), zeros, zeros, answer, 0.1, torch.tensor([True, False]), -1.5)
     close(rewards, torch.tensor([[0.0, 1.0], [0.0, -0.5]]))
 
-
-# ---- advantages
 
 def test_gae_of_a_finished_answer_by_hand():
     # gamma 0.9, lambda 0.5, values 1 2 3, rewards 0 0 4, finished (nothing comes after):
@@ -133,6 +125,14 @@ def test_padding_to_any_length_leaves_advantages_and_returns_unchanged(left, rig
         assert torch.equal(pad(a, left, right, 0.0), b)
     alone, _ = rl.gae(rewards[1:2, 2:5], values[1:2, 2:5], torch.ones(1, 3), finished[1:2], 0.9, 0.8, bootstrap[1:2])
     assert torch.equal(alone[0], plain[0][1, 2:5])
+
+
+def test_a_gap_inside_an_answer_is_stepped_over():
+    whole = rl.gae(row(0, 0, 4), row(1, 2, 3), row(1, 1, 1), torch.tensor([True]), 0.9, 0.5)[0]
+    gapped = rl.gae(row(0, 7, 0, 4), row(1, 9, 2, 3), row(1, 0, 1, 1), torch.tensor([True]), 0.9, 0.5)[0]
+    close(gapped[:, [0, 2, 3]], whole)
+    gapped = rl.gae(row(0, 0, 7, 4), row(1, 2, 9, 3), row(1, 1, 0, 1), torch.tensor([True]), 0.9, 0.5)[0]
+    close(gapped[:, [0, 1, 3]], whole)
 
 
 def test_with_gamma_and_lambda_1_the_return_is_the_sum_of_rewards_to_come():
@@ -191,8 +191,6 @@ def test_two_processes_whiten_as_one(tmp_path):
     expected = ((torch.arange(6.0) - 2.5) / math.sqrt(35 / 12)).view(2, 3)
     torch.multiprocessing.spawn(whiten_one_half, (str(tmp_path / "store"), expected), nprocs=2)
 
-
-# ---- losses
 
 def test_at_ratio_1_the_policy_loss_is_minus_the_mean_advantage():
     logps, answer = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[1, 1, 0]])
@@ -271,8 +269,6 @@ def test_explained_variance_of_a_perfect_an_ignorant_and_a_misleading_critic():
     assert rl.explained_variance(returns, torch.full((1, 4), 0.3), mask) == 0
 
 
-# ---- KL controllers
-
 def test_the_adaptive_coefficient_follows_its_closed_form():
     """I17: value * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon); saved and loaded it goes on from there."""
     controller = rl.AdaptiveKL(0.1, target=6.0, horizon=1000)
@@ -288,14 +284,6 @@ def test_the_adaptive_coefficient_follows_its_closed_form():
     resumed.update(6.6, 100), controller.update(6.6, 100)
     assert resumed.value == controller.value
 
-
-def test_the_fixed_coefficient_stays():
-    controller = rl.FixedKL(0.05)
-    controller.update(100.0, 64)
-    assert controller.value == 0.05
-
-
-# ---- all of it: a bandit with a known optimum
 
 @pytest.mark.parametrize("estimate", [rl.rloo, rl.grpo])
 def test_a_one_token_policy_finds_the_token_that_scores(estimate):

@@ -1,4 +1,4 @@
-"""The benchmarks' files, prompts and scoring rules: on our own rows, and on real rows where they are beside the project."""
+"""The benchmarks' files, prompts and scoring rules: on our own rows, and on real rows where they are at hand."""
 import json
 import subprocess
 import sys
@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from rlhfkit import samples
-from rlhfkit.tasks import TASKS, find_tasks
+from rlhfkit.tasks import TASKS, ceval, find_tasks, mmlu
 from rlhfkit.tasks.cmrc2018 import score, units
 from rlhfkit.tasks.task import Task
 
-ROWS = {"ocnli": (13, 2096), "tnews": (15, 7000), "c3": (8, 2653), "cmrc2018": (8, 2270), "ceval": (12, 971), "mmlu": (12, 1597)}
+ROWS = {"ocnli": (13, 2096), "tnews": (15, 7000), "c3": (8, 2653), "cmrc2018": (8, 2270), "ceval": (12, 971),
+        "mmlu": (12, 1597)}                                        # ours, real
 
 
 def examples(name, root=samples.EVAL, split=None):
@@ -57,7 +58,8 @@ def test_a_shot_stands_before_the_question_with_its_right_answer():
                              "小李一早就去车站接他的姐姐了?")
     record, _, _ = TASKS["mmlu"].render(examples("mmlu")[0], tuple(examples("mmlu", split="dev")[:1]))
     intro, shot, question = record.prompt.split("\n\n")
-    assert intro.endswith("about World Religions.") and shot.endswith("Answer：B") and question.startswith("The Dao De Jing")
+    assert intro.endswith("about World Religions.") and shot.endswith("Answer：B")
+    assert question.startswith("The Dao De Jing")
     record, _, _ = TASKS["cmrc2018"].render(examples("cmrc2018")[0], tuple(examples("cmrc2018", split="train")[:1]))
     assert "问：书店二楼是什么？\n答：免费的阅览室\n\n阅读文章：" in record.prompt
 
@@ -94,8 +96,8 @@ def test_cmrc_units_are_chinese_characters_and_words():
 
 def test_exam_items_carry_subject_and_category():
     first = examples("ceval")[0]
-    assert (first["subject"], first["category"], first["id"]) == ("middle_school_physics", "STEM", "middle_school_physics/0")
-    from rlhfkit.tasks import ceval, mmlu
+    subject = "middle_school_physics"
+    assert (first["id"], first["subject"], first["category"]) == (f"{subject}/0", subject, "STEM")
     assert len(ceval.SUBJECTS) == 52 and len(mmlu.SUBJECTS) == 57
 
 
@@ -131,12 +133,15 @@ def test_bad_csv_files_are_named(tmp_path):
         (folder / f"{subject}_dev.csv").write_bytes(text)
         return TASKS[name].load(tmp_path / name, "dev")
     for name, subject, text, message in [
-            ("mmlu", "alchemy", b"q,1,2,3,4,A\n", "unknown subject 'alchemy'"), ("mmlu", "anatomy", b"q,1,2,3,A\n", "5 columns"),
-            ("mmlu", "anatomy", b"q,1,2,3,4,E\n", "label 'E'"), ("mmlu", "anatomy", b"\xff\xfe,1,2,3,4,A\n", "not UTF-8"),
+            ("mmlu", "alchemy", b"q,1,2,3,4,A\n", "unknown subject 'alchemy'"),
+            ("mmlu", "anatomy", b"q,1,2,3,A\n", "5 columns"),
+            ("mmlu", "anatomy", b"q,1,2,3,4,E\n", "label 'E'"),
+            ("mmlu", "anatomy", b"\xff\xfe,1,2,3,4,A\n", "not UTF-8"),
             ("ceval", "logic", b"id,question,A,B,C\n0,q,1,2,3\n", "lacks D")]:
         with pytest.raises(ValueError, match=message):
             load(name, subject, text)
-    assert load("mmlu", "anatomy", 'q "x",1,"2\u2028\n2",3,4,A\n'.encode())[0]["options"] == ("1", "2\u2028\n2", "3", "4")
+    [example] = load("mmlu", "anatomy", 'q "x",1,"2\u2028\n2",3,4,A\n'.encode())
+    assert example["options"] == ("1", "2\u2028\n2", "3", "4")
 
 
 def test_rows_without_a_label_have_no_gold():

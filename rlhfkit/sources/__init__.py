@@ -31,27 +31,26 @@ def build(sources=None, raw_dir=None, seed=0, rejected=None):
     names = _names(sources)
     if not folder.is_dir():
         raise FileNotFoundError(f"raw_dir is {folder}; it must be a folder of raw corpora; None takes the samples")
-    records, absent, bad = [], [], []
+    rejected = [] if rejected is None else rejected
+    records, absent, start = [], [], len(rejected)
     for name in names:
-        before = len(bad)
+        before = len(rejected)
         try:
-            found = list(SOURCES[name](folder, random.Random(f"{seed}-{name}"), bad))
+            found = list(SOURCES[name](folder, random.Random(f"{seed}-{name}"), rejected))
         except FileNotFoundError:
             if sources is not None:
                 raise
             absent.append(name)
             continue
         if not found:
-            first = f"; the first: {bad[before]['reason']}" if bad[before:] else ""
-            raise ValueError(f"{name} in {folder} has no usable row, {len(bad) - before} set aside{first}; "
+            first = f"; the first: {rejected[before]['reason']}" if rejected[before:] else ""
+            raise ValueError(f"{name} in {folder} has no usable row, {len(rejected) - before} set aside{first}; "
                              "repair it, or name the other sources")
         records += found
     if not records:
         layouts = ", ".join(pattern for read in SOURCES.values() for pattern in _layout(read))
         raise FileNotFoundError(f"{folder} holds no corpus; it must have one of these layouts: {layouts}")
-    if rejected is not None:
-        rejected += bad
-    _report(folder, records, absent, bad)
+    _report(folder, records, absent, rejected[start:])
     random.Random(f"{seed}-order").shuffle(records)
     return records
 

@@ -35,7 +35,7 @@ class Pool:
         return [text for _, text in map(self._items.__getitem__, drawn) if text not in taken][:count]
 
     def outside(self, rng, group, taken, count):
-        """Up to `count` texts of other groups, all different, none in `taken`, each of a group of its own if it can be."""
+        """Up to `count` texts of other groups, all different, none in `taken`, each of its own group if it can be."""
         start, stop = self._spans[group]
         size = len(self._items) - (stop - start)
         fresh, rest, groups, texts = [], [], set(), set(taken)

@@ -13,7 +13,8 @@ from rlhfkit.trainer import arguments, loss_judge, prepare, rows_for, train
 
 def run(config):
     model, tokenizer, family = prepare(config)
-    rows, dev, dev_records = rows_for(config, lambda records: sft_rows(records, family, tokenizer, config.max_length))
+    rows, dev, dev_records = rows_for(config, lambda records: sft_rows(
+        records, family, tokenizer, config.max_length, config.packing))
     answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, count=config.samples,
                       max_new_tokens=config.max_new_tokens, max_length=config.max_length)
     before = answers(model, step=0)
