@@ -3,7 +3,9 @@
 A notebook's parameters become explicit keywords, the dataclass, and JSON for the workers; there are no nested configs, no pass-through
 arguments and no environment variables. Field names are those that users of HF's TrainingArguments know.
 """
+import ast
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -178,6 +180,18 @@ def config_from(values):
     return STAGES[values.pop("stage")](**values)
 
 
+def check_parameters(scope):
+    """Stop a notebook that papermill gave a parameter it does not have (papermill only warns): `rk.check_parameters(globals())` in the cell
+    after the parameters. Reads the kernel's list of executed cells, where papermill's injected cell follows the parameters cell."""
+    cells = [source for source in scope.get("In", ()) if source.strip()]
+    for own, injected in zip(cells, cells[1:2]):
+        known, given = _assigned(own), _assigned(injected) if injected.lstrip().startswith("# Parameters") else set()
+        for name in sorted(given - known):
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"the notebook has no parameter {name!r}; " + (f"did you mean {near[0]!r}? " if near else "")
+                             + f"it has: {', '.join(sorted(known))}")
+
+
 @dataclass
 class Result:
     """What a stage returns: figures at the end, one dict a logged step, samples (step, prompt, answer, and score or gold), the folder."""
@@ -203,6 +217,11 @@ class Result:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no finished run (no result.json); run its stage to the end first")
         return cls(**json.loads(path.read_text(encoding="utf-8")), output_dir=str(folder))
+
+
+def _assigned(source):
+    return {t.id for node in ast.parse(source).body for t in (node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)])
+            if isinstance(t, ast.Name)}
 
 
 def _rules(cls):

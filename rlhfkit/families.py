@@ -132,7 +132,7 @@ def empty_model(path):
             family_of(path).model_class(load_config(path))
 
 
-def tiny(output_dir, family="pangu", seed=0, vocab_path="", hidden_size=128, num_layers=4):
+def tiny(output_dir, family="pangu", seed=0, vocab_path="", hidden_size=64, num_layers=4):
     """Write the folder of a tiny, untrained model and its tokenizer; the vocabulary is learnt from the samples, or a given vocab.model."""
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; tiny models exist for {', '.join(FAMILIES)}")

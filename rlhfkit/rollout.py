@@ -3,11 +3,13 @@
 Each row draws noise from a seed of its own, so an answer does not depend on what else is in the batch or on the number of processes.
 Log-probs are not taken here: PPO scores the sampled ids with the module that trains, which makes the first ratio exactly 1.
 """
+from dataclasses import replace
+
 import torch
 from transformers import (LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from rlhfkit.families import family_of, load_model, load_tokenizer
-from rlhfkit.records import Record
+from rlhfkit.records import Answer, Record
 from rlhfkit.rows import pad
 from rlhfkit.samples.couplets import applies, gold
 
@@ -22,6 +24,20 @@ def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, t
     ids = [family.encode(tokenizer, r, None, room and room - max_new_tokens)[0] for r in records]
     answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id, temperature, top_k, top_p, seed)
     return [tokenizer.decode(a) for a in answers]
+
+
+def judged_records(model_path, records, judge, answers_per_prompt=2, max_new_tokens=64, temperature=1.0, seed=0):
+    """Records with the model's own sampled answers beside the best answer, all scored by `judge(prompt, answer) -> float`, best first:
+    preference data where the policy is, as annotators would label it. Empty answers are left out."""
+    asked = [r for r in records for _ in range(answers_per_prompt)]
+    texts = generate(model_path, asked, max_new_tokens, temperature, seed=seed)
+    made = []
+    for i, record in enumerate(records):
+        given = texts[i * answers_per_prompt:(i + 1) * answers_per_prompt]
+        wanted = dict.fromkeys([*(a.text for a in record.answers[:1]), *(t for t in given if t.strip())])
+        answers = [Answer(text, judge(record.prompt, text)) for text in wanted]
+        made.append(replace(record, answers=tuple(sorted(answers, key=lambda a: -a.score))))
+    return made
 
 
 def sample(model, prompts, max_new_tokens, end_ids, pad_id, temperature=0.0, top_k=0, top_p=1.0, seed=0, batch_size=64):
@@ -42,6 +58,15 @@ def answer_samples(model, tokenizer, family, records, count, max_new_tokens, max
     answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id) if records else []
     rows = [dict(step=step, prompt=r.prompt, answer=tokenizer.decode(a)) for r, a in zip(records, answers)]
     return [row | ({"gold": gold(row["prompt"], row["answer"])} if applies(row["prompt"]) else {}) for row in rows]
+
+
+def sample_metrics(samples):
+    """Mean gold score of a stage's first and last samples, `gold_before` and `gold`, as far as the judge's rules apply."""
+    figures = {}
+    for name, step in (("gold_before", min), ("gold", max)):
+        golds = [s["gold"] for s in samples if s["step"] == step(x["step"] for x in samples) and "gold" in s]
+        figures |= {name: sum(golds) / len(golds)} if golds else {}
+    return figures
 
 
 @torch.no_grad()

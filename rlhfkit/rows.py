@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rlhfkit.records import pairs, read_records
+from rlhfkit.records import Record, pairs, read_records
 
 IGNORE = -100           # the label that torch's cross-entropy leaves out
 
@@ -48,6 +48,11 @@ def text_rows(records, family, tokenizer, max_length):
 def text_of(record):
     """Prompt, prefix and best answer as one text."""
     return record.prompt + record.prefix + (record.answers[0].text if record.answers else "")
+
+
+def documents(records):
+    """Records for pre-training: each prompt and each best answer as a text of its own, so that the task itself stays unseen."""
+    return [Record(prompt=text, source=r.source) for r in records for text in (r.prompt, *(a.text for a in r.answers[:1])) if text]
 
 
 def pack(rows, max_length):

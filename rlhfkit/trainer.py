@@ -4,8 +4,11 @@ Held-out figures come from a function of the model that the stage gives (`judge`
 stage can say before and after; HF's own evaluation averages batch means.
 """
 import json
+import math
 import os
 import re
+import resource
+import statistics
 import time
 import warnings
 from collections import Counter
@@ -19,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhfkit import health
 from rlhfkit.configs import Result
-from rlhfkit.engine import device, log_line, mean_over, rank, say, set_dropout
+from rlhfkit.engine import device, log_line, mean_over, rank, say, set_dropout, world_size
 from rlhfkit.families import family_of, load_model, load_tokenizer
 from rlhfkit.rows import IGNORE, collate, read_data
 from rlhfkit.saving import newest_checkpoint, save_folder
@@ -127,8 +130,21 @@ def train(config, trainer, tokenizer, judge=None, samples=()):
     checkpoint = newest_checkpoint(config.output_dir, "trainer_state.json") if config.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save(config, trainer, tokenizer)
-    metrics = log.metrics | {"seconds": time.perf_counter() - start, "steps": trainer.state.global_step}
+    metrics = log.metrics | speed(config, log.history, trainer.train_dataset) | {
+        "seconds": time.perf_counter() - start, "steps": trainer.state.global_step}
     return Result(config.stage, config.to_dict(), metrics, config.output_dir, log.history, list(samples))
+
+
+def speed(config, history, rows):
+    """seconds_per_step (median over the logged stretches but the first), tokens_per_second (no padding counted, all processes), and
+    memory_gib: the peak of this process, on its GPU or in its host memory."""
+    spans = [row["seconds"] / config.logging_steps for row in history if "loss" in row]
+    seconds = statistics.median(spans[1:] or spans) if spans else math.nan
+    lengths = [sum(len(ids) for ids in row["answers"]) if "answers" in row else
+               sum(len(row[k]) for k in ("input_ids", "prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids") if k in row) for row in rows]
+    tokens = sum(lengths) / len(lengths) * config.batch_size * config.gradient_accumulation_steps * world_size()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "memory_gib": peak / 2 ** 30}
 
 
 def save(config, trainer, tokenizer):

@@ -75,13 +75,13 @@ def parse(line):
 
 
 def make(count, seed=0):
-    """`count` pairs (first, second) of right couplets with distinct first lines, of every pattern, the same for a seed."""
+    """`count` pairs (first, second) of right couplets, every pattern in turn, the first lines distinct and ending in an oblique tone as
+    tradition has it; the same for a seed."""
     rng, pairs = random.Random(seed), {}
     while len(pairs) < count:
         pattern = PATTERNS[len(pairs) % len(PATTERNS)]
-        first = _draw(pattern, rng)
-        second = _draw(pattern, rng, avoid=first)
-        if first and second and first not in pairs:
+        first, second = _draw(pattern, rng), _draw(pattern, rng)
+        if first and second and TONE[first[-1]] == "oblique" and first not in pairs and gold(first, second) == 1:
             pairs[first] = second
     return list(pairs.items())
 
@@ -91,14 +91,12 @@ def held_out(count):
     return make(SHIPPED + count)[SHIPPED:]
 
 
-def _draw(pattern, rng, avoid=""):
-    """One line of `pattern`, without the characters of `avoid` and of the other tone at its end; "" where the draw failed."""
+def _draw(pattern, rng):
+    """One line of `pattern` in which no character comes twice but in a doublet; "" where the draw failed."""
     line = "".join(rng.choice(PARTS[part]) for part in pattern)
     tags = tuple((part, i) for part in pattern for i in range(2 if part in ("noun2", "doublet") else 1))
     repeated = len(set(line)) < len(line) - sum(part == "doublet" for part in pattern)
-    if repeated or parse(line) != tags or set(line) & set(avoid) or (avoid and TONE[line[-1]] == TONE[avoid[-1]]):
-        return ""
-    return line
+    return "" if repeated or parse(line) != tags else line
 
 
 def _tags(line):

@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from rlhfkit.engine import device, mean_over
 from rlhfkit.rl import token_logps
-from rlhfkit.rollout import answer_samples
+from rlhfkit.rollout import answer_samples, sample_metrics
 from rlhfkit.rows import pad, pair_rows
 from rlhfkit.trainer import arguments, prepare, rows_for, train
 
@@ -34,6 +34,7 @@ def run(config):
     judge = (lambda model: mean_over(dev, config.batch_size, partial(measure, model))) if dev else None
     result = train(config, trainer, tokenizer, judge)
     result.samples = before + answers(trainer.model, step=trainer.state.global_step)
+    result.metrics |= sample_metrics(result.samples)
     return result
 
 

@@ -19,7 +19,7 @@ from rlhfkit.configs import Result
 from rlhfkit.engine import Engine, all_sum, device, gather_list, log_line, rank, say, set_dropout, world_size
 from rlhfkit.families import load_model, load_tokenizer
 from rlhfkit.models.value import RewardModel, load_reward_model, score
-from rlhfkit.rollout import answer_samples, rollout, sample
+from rlhfkit.rollout import answer_samples, rollout, sample, sample_metrics
 from rlhfkit.rows import pad, prompt_rows
 from rlhfkit.samples.couplets import applies, gold
 from rlhfkit.saving import load_checkpoint, save_checkpoint, save_folder
@@ -262,7 +262,7 @@ class PPOTrainer:
         metrics = {k: v for k, v in trained[-1].items() if k in ("score", "kl", "length", "finished", "entropy")}
         for row, suffix in ((held_out[0], "_before"), (held_out[-1], "")) if held_out else ():
             metrics |= {f"{k}{suffix}": v for k, v in row.items() if k.startswith("eval_")}
-        return Result(self.config.stage, self.config.to_dict(), metrics | {"steps": self.total_steps, "seconds": seconds},
+        return Result(self.config.stage, self.config.to_dict(), metrics | sample_metrics(self.samples) | {"steps": self.total_steps, "seconds": seconds},
                       self.config.output_dir, self.history, self.samples)
 
     def _samples(self, step):

@@ -28,7 +28,20 @@ def run(config):
         weights = pair_weights(prompts)
         return {"loss": ((-F.logsigmoid(margins) * weights).sum(), weights.sum()), "accuracy": ((margins > 0).sum(), len(margins)),
                 "margin": (margins.sum(), len(margins))}
-    return train(config, trainer, tokenizer, (lambda model: mean_over(dev, config.batch_size, partial(measure, model))) if dev else None)
+    result = train(config, trainer, tokenizer, (lambda model: mean_over(dev, config.batch_size, partial(measure, model))) if dev else None)
+    result.metrics["margins"] = margins_of(trainer.model, dev, batches, config.batch_size)
+    return result
+
+
+@torch.no_grad()
+def margins_of(model, rows, batches, batch_size):
+    """The held-out margins, chosen less rejected, of all pairs, as a list: for the figure."""
+    model.eval()
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = {k: v.to(device()) for k, v in batches(rows[start:start + batch_size]).items()}
+        found += pair_margins(score(model, batch["input_ids"], batch["attention_mask"]), batch["scores"], batch["prompt"])[0].tolist()
+    return found
 
 
 class PairTrainer(Trainer):

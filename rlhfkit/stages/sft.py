@@ -6,7 +6,7 @@ from functools import partial
 
 from transformers import Trainer, TrainingArguments
 
-from rlhfkit.rollout import answer_samples
+from rlhfkit.rollout import answer_samples, sample_metrics
 from rlhfkit.rows import collate, sft_rows
 from rlhfkit.trainer import arguments, loss_judge, prepare, rows_for, train
 
@@ -22,4 +22,5 @@ def run(config):
                       data_collator=partial(collate, pad_id=tokenizer.pad_token_id))
     result = train(config, trainer, tokenizer, loss_judge(config, dev, tokenizer.pad_token_id))
     result.samples = before + answers(trainer.model, step=trainer.state.global_step)
+    result.metrics |= sample_metrics(result.samples)
     return result
