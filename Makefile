@@ -40,7 +40,7 @@ ifeq ($(GPU),0)
 	    || echo "PyTorch's CPU index could not be reached: $(TORCH) comes from pip's default index, perhaps with CUDA"
 endif
 	@$(IN_ENV) pip install -qq -e ".[dev]"
-	@touch $@
+	@mkdir -p runs && touch $@
 
 demo: env       ## notebooks 01 to 08 into runs/demo; DATA=<raw corpora> VOCAB=<vocab.model>: on yours, into runs/demo-data
 	@$(IN_ENV) python notebooks/run.py demo $(if $(DATA),--data "$(DATA)") $(if $(VOCAB),--vocab "$(VOCAB)")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 DTYPES = ("float32", "mixed", "bfloat16", "float16")
-POSITIVE, NOT_NEGATIVE, FRACTION = "> 0", ">= 0", "in [0, 1)"
-CHECKS = {POSITIVE: lambda x: x > 0, NOT_NEGATIVE: lambda x: x >= 0, FRACTION: lambda x: 0 <= x < 1}
+POSITIVE, NOT_NEGATIVE, FRACTION, SHARE, DISCOUNT = "> 0", ">= 0", "in [0, 1)", "in (0, 1]", "in [0, 1]"
+CHECKS = {POSITIVE: lambda x: x > 0, NOT_NEGATIVE: lambda x: x >= 0, FRACTION: lambda x: 0 <= x < 1, SHARE: lambda x: 0 < x <= 1,
+          DISCOUNT: lambda x: 0 <= x <= 1}
 EXAMPLES = {int: "8", float: "1.0e-5", str: '"../runs/sft"', bool: "True"}
 
 
@@ -73,9 +74,13 @@ class Run:
                 if value not in rule:
                     raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, rule))}")
             elif not CHECKS[rule](value):
-                raise ValueError(f"{name} is {value}; it must be {rule}")
+                raise ValueError(f"{name} is {value}; it must be {rule}; try {getattr(type(self), name)}")
         if self.offload != "none" and self.zero_stage < 2 or self.offload == "all" and self.zero_stage < 3:
             raise ValueError(f"offload is {self.offload!r} with zero_stage {self.zero_stage}; optimizer needs stage 2 or 3, all needs 3")
+
+    def _check_room(self):
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must leave room for the prompt in max_length {self.max_length}")
 
     def to_dict(self):
         return {"stage": self.stage, **dataclasses.asdict(self)}
@@ -99,6 +104,11 @@ class SFT(Run):
     stage: ClassVar[str] = "sft"
     rules: ClassVar[dict] = dict(max_new_tokens=POSITIVE, samples=NOT_NEGATIVE)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples:
+            self._check_room()
+
 
 @dataclass
 class Reward(Run):
@@ -118,6 +128,11 @@ class DPO(Run):
 
     stage: ClassVar[str] = "dpo"
     rules: ClassVar[dict] = dict(beta=POSITIVE, pairs_per_prompt=POSITIVE, max_new_tokens=POSITIVE, samples=NOT_NEGATIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples:
+            self._check_room()
 
 
 @dataclass
@@ -153,8 +168,8 @@ class PPO(Run):
     rules: ClassVar[dict] = dict(
         critic=("reward", "actor", "frozen", "none"), advantage=("gae", "rloo", "grpo"), kl_in=("reward", "loss"),
         answers_per_prompt=POSITIVE, mini_batch_size=NOT_NEGATIVE, ppo_epochs=POSITIVE, max_new_tokens=POSITIVE, temperature=POSITIVE,
-        top_k=NOT_NEGATIVE, top_p=POSITIVE, kl_coefficient=NOT_NEGATIVE, kl_target=NOT_NEGATIVE, kl_horizon=POSITIVE, gamma=POSITIVE,
-        lam=NOT_NEGATIVE, clip=POSITIVE, value_clip=POSITIVE, critic_learning_rate=NOT_NEGATIVE, score_clip=POSITIVE,
+        top_k=NOT_NEGATIVE, top_p=SHARE, kl_coefficient=NOT_NEGATIVE, kl_target=NOT_NEGATIVE, kl_horizon=POSITIVE, gamma=DISCOUNT,
+        lam=DISCOUNT, clip=POSITIVE, value_clip=POSITIVE, critic_learning_rate=NOT_NEGATIVE, score_clip=POSITIVE,
         samples=NOT_NEGATIVE)
 
     def __post_init__(self):
@@ -167,8 +182,7 @@ class PPO(Run):
             raise ValueError(f"advantage {self.advantage!r} does not go with critic {self.critic!r}; gae needs one, rloo and grpo need none")
         if self.advantage != "gae" and self.answers_per_prompt < 2:
             raise ValueError(f"answers_per_prompt is {self.answers_per_prompt}; {self.advantage} compares answers of one prompt: 2 or more")
-        if self.max_new_tokens >= self.max_length:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must leave room for the prompt in max_length {self.max_length}")
+        self._check_room()
 
 
 STAGES = {c.stage: c for c in (Pretrain, SFT, Reward, DPO, PPO)}

@@ -13,6 +13,8 @@ from transformers import get_scheduler
 
 from rlhfkit.zero import deepspeed_config
 
+SCHEDULES = {"constant": "constant_with_warmup"}        # what transformers calls ours
+
 
 class Engine:
     """A trainable model with its AdamW and schedule over `total_steps`; under a launcher, a DeepSpeed engine (ZeRO 0 to 3)."""
@@ -22,7 +24,8 @@ class Engine:
         self.model = model.to(device())
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95))
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, math.ceil(config.warmup_ratio * total_steps), total_steps)
+        self.scheduler = get_scheduler(SCHEDULES.get(config.lr_scheduler_type, config.lr_scheduler_type), self.optimizer,
+                                       math.ceil(config.warmup_ratio * total_steps), total_steps)
         if world_size() > 1 or config.zero_stage:
             import deepspeed
             self.deepspeed, _, _, _ = deepspeed.initialize(

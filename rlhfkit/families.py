@@ -36,12 +36,11 @@ class Family:
 def encode_pangu(tokenizer, record, answer=None, max_length=None):
     """`<s> prompt <sep> prefix`, then `answer <eot>`; in the 2023 kit generation lacked the `<s>` that training had.
     System text and earlier turns, which it dropped, stand before the prompt, a line each."""
-    earlier = [line for turn in record.history for line in turn]
-    text = "\n".join([t for t in (record.system, *earlier) if t] + [record.prompt])
-    user, prefix, *answers = tokenizer.encode_texts([text, record.prefix] + ([answer] if answer is not None else []))
+    earlier = "".join(line + "\n" for line in (record.system, *(t for turn in record.history for t in turn)) if line)
+    before, user, prefix, *answers = tokenizer.encode_texts([earlier, record.prompt, record.prefix] + ([answer] if answer is not None else []))
     answer_ids = answers[0] + [tokenizer.eos_token_id] if answers else []
-    user = _shorten(user, 2 + len(prefix) + len(answer_ids), len(answer_ids), max_length)
-    return [tokenizer.bos_token_id] + user + [tokenizer.sep_token_id] + prefix, answer_ids
+    user = _shorten(user, 2 + len(before) + len(prefix) + len(answer_ids), len(answer_ids), max_length)
+    return [tokenizer.bos_token_id] + before + user + [tokenizer.sep_token_id] + prefix, answer_ids
 
 
 def encode_chat(tokenizer, record, answer=None, max_length=None):
@@ -49,11 +48,14 @@ def encode_chat(tokenizer, record, answer=None, max_length=None):
     answer_ids = []
     if answer is not None:
         answer_ids = tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
-    user = tokenizer.encode(record.prompt, add_special_tokens=False)
-    empty = len(_chat_ids(tokenizer, record, ""))
-    short = _shorten(user, empty, len(answer_ids), max_length and max_length - len(answer_ids))
-    text = record.prompt if len(short) == len(user) else tokenizer.decode(short)
-    return _chat_ids(tokenizer, record, text), answer_ids
+    prompt_ids = _chat_ids(tokenizer, record, record.prompt)
+    if max_length and len(prompt_ids) + len(answer_ids) > max_length:
+        user = tokenizer.encode(record.prompt, add_special_tokens=False)
+        user = _shorten(user, len(_chat_ids(tokenizer, record, "")) + len(answer_ids), len(answer_ids), max_length)
+        while len(prompt_ids) + len(answer_ids) > max_length:      # a cut inside a character can make it longer
+            prompt_ids = _chat_ids(tokenizer, record, tokenizer.decode(user).rstrip("\ufffd"))
+            user = user[:-1]
+    return prompt_ids, answer_ids
 
 
 def text_pangu(tokenizer, text):
@@ -85,7 +87,7 @@ def load_tokenizer(path, family=None):
     family = _family(folder, family)
     try:
         tokenizer = family.tokenizer_class.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:         # RuntimeError: sentencepiece
         raise ValueError(f"no tokenizer of family {family.name} in {folder}: {error}; put its vocabulary file beside config.json") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -107,7 +109,8 @@ def load_model(path, family=None, dtype=None):
     if not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
         raise FileNotFoundError(f"{folder} has a config.json but no weights; expected {' or '.join(WEIGHTS)}")
     try:
-        model, info = family.model_class.from_pretrained(folder, dtype=DTYPES[dtype or "float32"], output_loading_info=True)
+        model, info = family.model_class.from_pretrained(folder, dtype=DTYPES[dtype or "float32"], output_loading_info=True,
+                                                         ignore_mismatched_sizes=True)      # check_keys names them
     except Exception as error:
         if isinstance(error, (OSError, ValueError, RuntimeError)) or "Safetensor" in type(error).__name__:
             raise ValueError(f"the weights in {folder} cannot be read: {error}; copy the folder again") from error
@@ -123,6 +126,13 @@ def check_keys(folder, info):
         if names:
             raise ValueError(f"{folder}: {len(names)} {what.replace('_', ' ')}, first {', '.join(names[:3])}; the weights and config.json "
                              "do not belong together, or a file is missing: copy the folder again")
+
+
+def check_vocabulary(model, tokenizer):
+    """Raise ValueError when the tokenizer has ids that the model has no embedding for (Pangu-13B has 64 rows more than ids)."""
+    rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if ids > rows:
+        raise ValueError(f"the vocabulary has {ids} tokens, the model embeds {rows}; they do not belong together: copy the folder again")
 
 
 def empty_model(path):
@@ -175,7 +185,10 @@ def _read_config(path):
     file = _folder(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json, so it is no model folder")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; copy the folder again") from error
 
 
 def _shorten(user, template, answer, max_length):

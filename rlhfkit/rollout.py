@@ -6,9 +6,11 @@ Log-probs are not taken here: PPO scores the sampled ids with the module that tr
 from dataclasses import replace
 
 import torch
-from transformers import (LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
+                          TopPLogitsWarper)
 
-from rlhfkit.families import family_of, load_model, load_tokenizer
+from rlhfkit.engine import device
+from rlhfkit.families import check_vocabulary, family_of, load_model, load_tokenizer
 from rlhfkit.records import Answer, Record
 from rlhfkit.rows import pad
 from rlhfkit.samples.couplets import applies, gold
@@ -16,12 +18,24 @@ from rlhfkit.samples.couplets import applies, gold
 
 def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=0):
     """Answers (list of str) of the model in a folder to prompts, each a string or a Record; temperature 0 takes the likeliest token."""
-    model, tokenizer, family = load_model(model_path), load_tokenizer(model_path), family_of(model_path)
+    if isinstance(prompts, (str, Record)):
+        raise TypeError(f"prompts is {prompts!r:.80}; it must be a list of prompts; write [prompt]")
+    for name, value, rule, good in (("temperature", temperature, ">= 0", temperature >= 0), ("top_k", top_k, ">= 0", top_k >= 0),
+                                    ("top_p", top_p, "in (0, 1]", 0 < top_p <= 1),
+                                    ("max_new_tokens", max_new_tokens, "> 0", max_new_tokens > 0)):
+        if not good:
+            raise ValueError(f"{name} is {value}; it must be {rule}; leave it out for its default")
+    model, tokenizer, family = load_model(model_path).to(device()), load_tokenizer(model_path), family_of(model_path)
+    check_vocabulary(model, tokenizer)
     records = [p if isinstance(p, Record) else Record(prompt=p) for p in prompts]
     room = getattr(model.config, "max_position_embeddings", None)
     if room and max_new_tokens >= room:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; the model has {room} positions for prompt and answer: ask for fewer")
-    ids = [family.encode(tokenizer, r, None, room and room - max_new_tokens)[0] for r in records]
+    try:
+        ids = [family.encode(tokenizer, r, None, room and room - max_new_tokens)[0] for r in records]
+    except ValueError as error:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; the model has {room} positions, too few for it and a prompt ({error}); "
+                         "ask for fewer") from error
     answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id, temperature, top_k, top_p, seed)
     return [tokenizer.decode(a) for a in answers]
 
@@ -52,11 +66,17 @@ def sample(model, prompts, max_new_tokens, end_ids, pad_id, temperature=0.0, top
 
 
 def answer_samples(model, tokenizer, family, records, count, max_new_tokens, max_length, step):
-    """Greedy answers to the first `count` records -> sample dicts for a Result, with the judge's score where its rules apply."""
-    records = records[:count]
-    ids = [family.encode(tokenizer, r, None, max_length - max_new_tokens)[0] for r in records]
-    answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id) if records else []
-    rows = [dict(step=step, prompt=r.prompt, answer=tokenizer.decode(a)) for r, a in zip(records, answers)]
+    """Greedy answers to the first `count` records that fit -> sample dicts for a Result, with the judge's score where its rules apply."""
+    kept = []
+    for record in records:
+        if len(kept) == count:
+            break
+        try:
+            kept.append((record, family.encode(tokenizer, record, None, max_length - max_new_tokens)[0]))
+        except ValueError:                      # the stage's rows have set it aside and counted it
+            continue
+    answers = sample(model, [ids for _, ids in kept], max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    rows = [dict(step=step, prompt=r.prompt, answer=tokenizer.decode(a)) for (r, _), a in zip(kept, answers)]
     return [row | ({"gold": gold(row["prompt"], row["answer"])} if applies(row["prompt"]) else {}) for row in rows]
 
 
@@ -74,9 +94,9 @@ def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature,
     """One batch -> lists of sampled ids up to and with the end token; a row without one was cut by length.
 
     seeds: one a row, for its noise; synced: sharded weights, all processes step together."""
-    device = next(model.parameters()).device
-    ids = pad(prompts, pad_id, side="left").to(device)                                      # (B, P)
-    mask = pad([[1] * len(p) for p in prompts], 0, side="left").to(device)
+    place = next(model.parameters()).device
+    ids = pad(prompts, pad_id, side="left").to(place)                                       # (B, P)
+    mask = pad([[1] * len(p) for p in prompts], 0, side="left").to(place)
     processors = LogitsProcessorList()
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
@@ -84,12 +104,14 @@ def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature,
             processors.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
-        processors.append(RowNoise(seeds, device))
-    was_training = model.training
+        processors.append(RowNoise(seeds, place))
+    was_training, own = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()            # not the folder's: a repetition penalty would change the distribution
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=end_ids,
                          pad_token_id=pad_id, logits_processor=processors, use_cache=True, synced_gpus=synced)
     model.train(was_training)
+    model.generation_config = own
     return [_until(row, end_ids) for row in out[:, ids.shape[1]:].tolist()]
 
 

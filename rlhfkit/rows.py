@@ -16,23 +16,18 @@ IGNORE = -100           # the label that torch's cross-entropy leaves out
 
 def read_data(path):
     """A JSON-lines file, or a folder with train.jsonl and perhaps dev.jsonl -> (train records, dev records, rows set aside)."""
-    path, rejected = Path(path), []
-    train = path / "train.jsonl" if path.is_dir() else path
-    if not train.is_file():
-        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with train.jsonl")
-    dev = path / "dev.jsonl"
-    held_out = read_records(dev, rejected) if path.is_dir() and dev.is_file() else []
-    return read_records(train, rejected), held_out, rejected
+    rejected, (train, *dev) = [], _files(path)
+    records = read_records(train, rejected)
+    return records, read_records(dev[0], rejected) if dev else [], rejected
 
 
 def data_hash(path):
     """Hash of the bytes that `read_data` reads, 16 hexadecimal digits."""
-    path, digest = Path(path), hashlib.sha256()
-    for file in ([path / "train.jsonl", path / "dev.jsonl"] if path.is_dir() else [path]):
-        if file.is_file():
-            with open(file, "rb") as f:
-                for block in iter(lambda: f.read(1 << 20), b""):
-                    digest.update(block)
+    digest = hashlib.sha256()
+    for file in _files(path):
+        with open(file, "rb") as f:
+            for block in iter(lambda: f.read(1 << 20), b""):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
@@ -86,7 +81,9 @@ def reward_rows(records, family, tokenizer, max_length):
     def row(record):
         if not pairs(record):
             raise ValueError("no answer is better than another")
-        return dict(answers=[sum(family.encode(tokenizer, record, a.text, max_length), []) for a in record.answers],
+        answers = [family.encode(tokenizer, record, a.text)[1] for a in record.answers]
+        prompt, _ = family.encode(tokenizer, record, record.answers[_longest(answers)].text, max_length)
+        return dict(answers=[prompt + ids for ids in answers],
                     scores=[a.score for a in record.answers])
     return _rows(records, row)
 
@@ -101,10 +98,9 @@ def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0
             raise ValueError("no answer is better than another")
         made = []
         for chosen, rejected in rng.sample(found, min(pairs_per_prompt, len(found))):
-            longest = max(chosen.text, rejected.text, key=lambda t: len(family.encode(tokenizer, record, t)[1]))
-            prompt, _ = family.encode(tokenizer, record, longest, max_length)
-            made.append(dict(prompt_ids=prompt, chosen_ids=family.encode(tokenizer, record, chosen.text)[1],
-                             rejected_ids=family.encode(tokenizer, record, rejected.text)[1]))
+            sides = [family.encode(tokenizer, record, a.text)[1] for a in (chosen, rejected)]
+            prompt, _ = family.encode(tokenizer, record, (chosen, rejected)[_longest(sides)].text, max_length)
+            made.append(dict(prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1]))
         return made
     return _rows(records, row)
 
@@ -143,7 +139,8 @@ def pad(lists, value, length=None, side="right"):
 def show(row, tokenizer):
     """A row as text with what is trained on between ⟦ and ⟧; rows without labels (prompts, answers) as plain text."""
     if "labels" not in row:
-        return "\n".join(tokenizer.decode(ids) for ids in row.get("answers") or [row["prompt_ids"]])
+        sides = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") if side in row]
+        return "\n".join(tokenizer.decode(ids) for ids in row.get("answers") or sides or [row["prompt_ids"]])
     parts, start = [], 0
     ids, trained = row["input_ids"], [label != IGNORE for label in row["labels"]]
     for i in range(1, len(ids) + 1):
@@ -152,6 +149,19 @@ def show(row, tokenizer):
             parts.append(f"⟦{text}⟧" if trained[start] else text)
             start = i
     return "".join(parts)
+
+
+def _files(path):
+    """The files of a data_path that there are, training rows first."""
+    path = Path(path)
+    train, dev = (path / "train.jsonl", path / "dev.jsonl") if path.is_dir() else (path, path)
+    if not train.is_file():
+        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with train.jsonl")
+    return [train, dev] if dev != train and dev.is_file() else [train]
+
+
+def _longest(lists):
+    return max(range(len(lists)), key=lambda i: len(lists[i]))
 
 
 def _rows(records, build):

@@ -28,8 +28,8 @@ def open_run(config, num_processes=0):
     Raises FileExistsError for a folder that holds another run or other files."""
     folder = Path(config.output_dir)
     run = {"config": config.to_dict(), "num_processes": num_processes, "data": data_hash(config.data_path),
-           "models": {name: fingerprint(path) for name in ("model_path", "reward_path")
-                      for path in str(getattr(config, name, "")).split(",") if path}}
+           "models": {name: [fingerprint(path) for path in str(getattr(config, name, "")).split(",") if path]
+                      for name in ("model_path", "reward_path")}}
     file = folder / "run.json"
     if file.is_file():
         other = _differences(run, json.loads(file.read_text(encoding="utf-8")))
@@ -37,8 +37,8 @@ def open_run(config, num_processes=0):
             raise FileExistsError(f"output_dir {folder} already holds another run ({'; '.join(other)}); choose another folder or delete it")
         if (folder / "result.json").is_file():
             return Result.load(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"output_dir {folder} already holds other files ({sorted(os.listdir(folder))[0]}, …); choose another folder")
+    elif folder.exists() and (other := sorted(set(os.listdir(folder)) - {"run.partial"})):         # a claim that a full disk cut short
+        raise FileExistsError(f"output_dir {folder} already holds other files ({other[0]}, …); choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, json.dumps(run | {"versions": versions()}, ensure_ascii=False, indent=1))
     return None
@@ -78,6 +78,7 @@ def save_checkpoint(folder, step, state, engines, keep, rank, barrier):
     barrier()
     if rank == 0:
         torch.save(state | {"step": step}, beside / "state.pt")
+        shutil.rmtree(final, ignore_errors=True)        # of an earlier start with resume=False
         os.replace(beside, final)
         for old in sorted(int(p.name.split("-")[1]) for p in Path(folder).glob("checkpoint-*"))[:-keep]:
             shutil.rmtree(Path(folder) / f"checkpoint-{old}")
@@ -113,6 +114,8 @@ def set_rng_state(state):
 
 def fingerprint(path):
     """A hash of a model folder: names and sizes of its weight files, with the first and last MiB of each."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is no folder; give the folder of a model, or run the stage that makes it first")
     digest = hashlib.sha256()
     for file in sorted({f for pattern in WEIGHTS for f in Path(path).glob(pattern)}):
         size = file.stat().st_size
@@ -133,8 +136,12 @@ def versions():
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} absent")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return ", ".join([f"python {platform.python_version()}", *found] + ([f"commit {commit.stdout.strip()}"] if commit.returncode == 0 else []))
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        found.append(f"commit {commit.stdout.strip()}")
+    except (OSError, subprocess.CalledProcessError):        # no git here, or no checkout
+        pass
+    return ", ".join([f"python {platform.python_version()}", *found])
 
 
 def _differences(run, other):

@@ -22,8 +22,8 @@ from transformers.utils import logging as hf_logging
 
 from rlhfkit import health
 from rlhfkit.configs import Result
-from rlhfkit.engine import device, log_line, mean_over, rank, say, set_dropout, world_size
-from rlhfkit.families import family_of, load_model, load_tokenizer
+from rlhfkit.engine import SCHEDULES, device, log_line, mean_over, rank, say, set_dropout, world_size
+from rlhfkit.families import check_vocabulary, family_of, load_model, load_tokenizer
 from rlhfkit.rows import IGNORE, collate, read_data
 from rlhfkit.saving import newest_checkpoint, save_folder
 from rlhfkit.zero import deepspeed_config
@@ -38,9 +38,11 @@ def prepare(config, wrap=None):
     warnings.filterwarnings("ignore", category=FutureWarning)
     family = family_of(config.model_path)
     model = load_model(config.model_path, dtype=config.dtype)
+    tokenizer = load_tokenizer(config.model_path)
     check_length(model, config.max_length)
+    check_vocabulary(model, tokenizer)
     model = wrap(model) if wrap else model
-    return adapt(set_dropout(model, config.dropout), config, family).train(), load_tokenizer(config.model_path), family
+    return adapt(set_dropout(model, config.dropout), config, family).train(), tokenizer, family
 
 
 def rows_for(config, build):
@@ -51,12 +53,13 @@ def rows_for(config, build):
         raise ValueError(f"data_path {config.data_path} holds no usable record; {len(rejected)} rows were set aside")
     rows, aside = build(records)
     dev, dev_aside = build(dev_records) if dev_records else ([], [])
-    rejected += aside + dev_aside
+    total = len(records) + len(dev_records) + len(rejected)
+    rejected += [r | {"split": "train"} for r in aside] + [r | {"split": "dev"} for r in dev_aside]
     if rejected and rank() == 0:
         with open(os.path.join(config.output_dir, "rejected.jsonl"), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
         reasons = Counter(re.sub(r"\d+", "n", r["reason"]) for r in rejected)
-        say(config.output_dir, f"{len(rejected)} of {len(records) + len(dev_records)} rows set aside (rejected.jsonl): "
+        say(config.output_dir, f"{len(rejected)} of {total} rows set aside (rejected.jsonl): "
             + "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3)))
     return rows, dev, dev_records
 
@@ -95,11 +98,16 @@ def merged(model, ids):
     """The model with its adapters merged; raises ValueError where the logits on `ids` (1, T) move by more than LORA_TOLERANCE."""
     if not hasattr(model, "merge_and_unload"):
         return model
+
+    def outputs():                          # logits, or a reward model's values
+        found = model(input_ids=ids)
+        return getattr(found, "logits", found).float()
+
     model.eval()
     with torch.no_grad():
-        before = model(input_ids=ids).logits.float()
+        before = outputs()
         model = model.merge_and_unload()
-        worst = float((model(input_ids=ids).logits.float() - before).abs().max())
+        worst = float((outputs() - before).abs().max())
     if worst > LORA_TOLERANCE * max(1.0, float(before.abs().max())) and before.dtype == torch.float32:
         raise ValueError(f"merging LoRA moved a logit by {worst:.1e}, more than {LORA_TOLERANCE}; train with dtype float32 or mixed")
     return model
@@ -112,9 +120,10 @@ def arguments(config):
     return dict(
         output_dir=config.output_dir, seed=config.seed, data_seed=config.seed, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.lr_scheduler_type, config.lr_scheduler_type),
+        lr_scheduler_type=SCHEDULES.get(config.lr_scheduler_type, config.lr_scheduler_type),
         num_train_epochs=config.num_epochs, max_steps=config.max_steps or -1, warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, bf16=config.dtype == "mixed", fp16=False,
+        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == ("bfloat16" if distributed else "mixed"), fp16=distributed and config.dtype == "float16",
         gradient_checkpointing=config.gradient_checkpointing, logging_steps=config.logging_steps, disable_tqdm=True,
         save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 500, save_total_limit=config.save_total_limit,
         eval_strategy="no", report_to=config.report_to, remove_unused_columns=False, use_cpu=device().type == "cpu",
@@ -204,11 +213,12 @@ class History(TrainerCallback):
     def _judge(self, step):
         if self.judge is None:
             return
-        model = self.trainer.model_wrapped
+        model, start = self.trainer.model_wrapped, time.perf_counter()
         was_training = model.training
         model.eval()
         figures = self.judge(model)
         model.train(was_training)
+        self.last += time.perf_counter() - start        # not the steps' time
         if figures:
             self._add({"step": step, **{f"eval_{k}": v for k, v in figures.items()}})
 

@@ -5,9 +5,8 @@ run with DeepSpeed's own sizes as defaults.
 """
 
 
-def deepspeed_config(config, trainer, optimizer=False):
-    """`trainer`: HF's trainer fills in the batch keys ("auto") and brings the optimizer; else one micro-batch of whole numbers.
-    `optimizer`: let DeepSpeed build AdamW, which offload needs for its CPU version."""
+def deepspeed_config(config, trainer):
+    """`trainer`: HF's trainer fills in the batch keys ("auto") and brings the optimizer; else our loop steps by itself."""
     zero = {"stage": config.zero_stage, "reduce_bucket_size": config.bucket_size, "allgather_bucket_size": config.bucket_size,
             "overlap_comm": config.overlap_comm, "contiguous_gradients": True}
     device = {"device": "cpu", "pin_memory": config.pin_memory}
@@ -23,4 +22,6 @@ def deepspeed_config(config, trainer, optimizer=False):
     made = {**batch, "gradient_clipping": config.max_grad_norm, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1 << 30, "wall_clock_breakdown": False,
             "bf16": {"enabled": config.dtype == "bfloat16"}, "fp16": {"enabled": config.dtype == "float16"}}
+    if trainer and config.dtype == "mixed":         # float32 weights stay; PPO opens its own autocast
+        made["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return made
