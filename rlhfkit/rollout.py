@@ -41,14 +41,14 @@ def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, t
 
 
 def judged_records(model_path, records, judge, answers_per_prompt=2, max_new_tokens=64, temperature=1.0, seed=0):
-    """Records with the model's own sampled answers beside the best answer, all scored by `judge(prompt, answer) -> float`, best first:
+    """Records with the model's own sampled answers beside those they have, all scored by `judge(prompt, answer) -> float`, best first:
     preference data where the policy is, as annotators would label it. Empty answers are left out."""
     asked = [r for r in records for _ in range(answers_per_prompt)]
     texts = generate(model_path, asked, max_new_tokens, temperature, seed=seed)
     made = []
     for i, record in enumerate(records):
         given = texts[i * answers_per_prompt:(i + 1) * answers_per_prompt]
-        wanted = dict.fromkeys([*(a.text for a in record.answers[:1]), *(t for t in given if t.strip())])
+        wanted = dict.fromkeys([*(a.text for a in record.answers), *(t for t in given if t.strip())])
         answers = [Answer(text, judge(record.prompt, text)) for text in wanted]
         made.append(replace(record, answers=tuple(sorted(answers, key=lambda a: -a.score))))
     return made
