@@ -7,7 +7,7 @@ from importlib import import_module
 _HOME = {
     "records": "Record Answer read_records write_records split pairs",
     "sources": "build",
-    "samples.couplets": "gold",
+    "samples.couplets": "gold applies",
     "tokenizers.pangu": "patch_jieba unpatch_jieba",
     "families": "Family FAMILIES family_of load_tokenizer load_model tiny",
     "rows": "show read_data documents text_rows sft_rows reward_rows pair_rows prompt_rows",

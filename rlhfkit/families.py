@@ -4,17 +4,23 @@ The family is looked up in a folder's config.json, never in its path (the 2023 k
 type that is not listed here but that transformers knows is written through the chat template that ships with it.
 """
 import json
+import os
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from rlhfkit.models.pangu import PanguConfig, PanguForCausalLM
 from rlhfkit.tokenizers.pangu import PanguTokenizer, train_vocab
 
 DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+hf_logging.disable_progress_bar()           # a bar for each load and save hides the lines that matter
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")      # or DeepSpeed says at each start that it guessed so
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -155,6 +161,7 @@ def tiny(output_dir, family="pangu", seed=0, vocab_path="", hidden_size=64, num_
     else:
         from rlhfkit.sources import build
         texts = sorted({t for r in build() for t in (r.prompt, r.prefix, *(a.text for a in r.answers)) if t})
+        texts += [" ".join(string.ascii_letters + string.digits + string.punctuation)]      # options A to D, dates, units
         tokenizer = train_vocab(texts, folder, 2400)
     tokenizer.save_pretrained(folder)
     config = PanguConfig(vocab_size=tokenizer.vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4)

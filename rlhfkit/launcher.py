@@ -5,6 +5,7 @@ num_processes 0 runs in this very process, without DeepSpeed; the numbers are th
 """
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def worker(run_file):
     """What each worker runs: the config of run.json under the process group that torch's launcher describes."""
     values = json.loads(Path(run_file).read_text(encoding="utf-8"))
     import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo alone: nothing is compiled at start, no g++ is needed
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -123,6 +125,7 @@ def _follow(folder, alive):
     if (folder / "result.json").is_file():
         return Result.load(folder)
     lines = (folder / "worker.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [re.sub(r"^\[default\d+\]:", "", line) for line in lines]
     errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
     raise WorkerError("a worker failed: " + (errors[-1].strip() if errors else "no message") + f"\nall of it: {folder / 'worker.log'}\n"
                       + "\n".join(lines[-30:]))
@@ -130,8 +133,12 @@ def _follow(folder, alive):
 
 def _alive(folder):
     try:
-        os.kill(int((folder / ENDED).read_text()), 0)
-        return True
+        pid = int((folder / ENDED).read_text())
+        try:
+            return os.waitpid(pid, os.WNOHANG) == (0, 0)         # a child of this kernel
+        except ChildProcessError:
+            os.kill(pid, 0)                                     # of a kernel before
+            return True
     except (FileNotFoundError, ProcessLookupError):
         return False
 

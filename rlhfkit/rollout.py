@@ -1,8 +1,9 @@
-"""Sampling answers, for PPO, samples and evaluation: left-padded prompts in batches on the training weights.
+"""Sampling answers, for PPO, samples and evaluation, and scoring them: left-padded prompts in batches on the training weights.
 
 Each row draws noise from a seed of its own, so an answer does not depend on what else is in the batch or on the number of processes.
 Log-probs are not taken here: PPO scores the sampled ids with the module that trains, which makes the first ratio exactly 1.
 """
+import importlib
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhfkit.engine import device
 from rlhfkit.families import check_vocabulary, family_of, load_model, load_tokenizer
+from rlhfkit.models.value import load_reward_model, score
 from rlhfkit.records import Answer, Record
 from rlhfkit.rows import pad
 from rlhfkit.samples.couplets import applies, gold
@@ -113,6 +115,42 @@ def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature,
     model.train(was_training)
     model.generation_config = own
     return [_until(row, end_ids) for row in out[:, ids.shape[1]:].tolist()]
+
+
+class Rewards:
+    """What scores an answer: the mean of the reward models of `reward_path`, plus the reward function."""
+
+    def __init__(self, config, tokenizer):
+        self.models = [self._load(path, config, tokenizer) for path in config.reward_path.split(",") if path]
+        self.function = None
+        if config.reward_function:
+            module, _, name = config.reward_function.partition(":")
+            self.function = getattr(importlib.import_module(module), name)
+
+    def __call__(self, ids, mask, texts):
+        """ids, mask (B, T), texts B pairs (prompt, answer) -> (B,) float32; raises ValueError for a wrong count or NaN."""
+        total = torch.zeros(len(ids), device=ids.device)
+        if self.models:
+            with torch.no_grad():
+                total = torch.stack([torch.cat([score(m, ids[i:i + 64], mask[i:i + 64]) for i in range(0, len(ids), 64)])
+                                     for m in self.models]).mean(0)
+        if self.function:
+            given = self.function([p for p, _ in texts], [a for _, a in texts])
+            if len(given) != len(texts):
+                raise ValueError(f"the reward function gave {len(given)} scores for {len(texts)} answers; it must give one for each")
+            total = total + torch.tensor([float(x) for x in given], device=ids.device)
+        if not bool(torch.isfinite(total).all()):
+            at = int((~torch.isfinite(total)).nonzero()[0])
+            raise ValueError(f"the score of {texts[at]} is {float(total[at])}; scores must be finite numbers")
+        return total
+
+    @staticmethod
+    def _load(path, config, tokenizer):
+        theirs = load_tokenizer(path)
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"the reward model in {path} has another vocabulary than the actor in {config.model_path}; "
+                             "train one on the actor's tokenizer, or give a reward_function")
+        return load_reward_model(path).to(device()).requires_grad_(False)
 
 
 class RowNoise(LogitsProcessor):

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils import logging as hf_logging
 
 from rlhfkit import health
 from rlhfkit.configs import Result
@@ -34,8 +33,8 @@ LORA_TOLERANCE = 1e-3       # largest difference of a logit between adapter and 
 def prepare(config, wrap=None):
     """(model in train mode with dropout and LoRA as configured, tokenizer, family) for a run; seeds everything. wrap: model -> model."""
     set_seed(config.seed)
-    hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="IProgress not found")
     family = family_of(config.model_path)
     model = load_model(config.model_path, dtype=config.dtype)
     tokenizer = load_tokenizer(config.model_path)
@@ -145,15 +144,21 @@ def train(config, trainer, tokenizer, judge=None, samples=()):
 
 
 def speed(config, history, rows):
-    """seconds_per_step (median over the logged stretches but the first), tokens_per_second (no padding counted, all processes), and
-    memory_gib: the peak of this process, on its GPU or in its host memory."""
+    """seconds_per_step (median over the logged stretches but the first), tokens_per_second (no padding counted, all processes),
+    memory_gib."""
     spans = [row["seconds"] / config.logging_steps for row in history if "loss" in row]
     seconds = statistics.median(spans[1:] or spans) if spans else math.nan
     lengths = [sum(len(ids) for ids in row["answers"]) if "answers" in row else
                sum(len(row[k]) for k in ("input_ids", "prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids") if k in row) for row in rows]
     tokens = sum(lengths) / len(lengths) * config.batch_size * config.gradient_accumulation_steps * world_size()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "memory_gib": peak / 2 ** 30}
+    return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "memory_gib": peak_memory()}
+
+
+def peak_memory():
+    """GiB: the peak of this process, on its GPU or else in its host memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 def save(config, trainer, tokenizer):

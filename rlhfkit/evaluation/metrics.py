@@ -50,6 +50,6 @@ def paired_interval(differences, resamples=2000, seed=0):
 
 def mcnemar(differences):
     """Two-sided p of the exact McNemar test (sign test over items on which the two differ); 1.0 where they never do."""
-    up, down = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    up, down = sum(bool(d > 0) for d in differences), sum(bool(d < 0) for d in differences)     # Python ints: 2 ** 188
     tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2 ** (up + down))

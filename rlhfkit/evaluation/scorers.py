@@ -11,6 +11,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
+from rlhfkit.engine import device
 from rlhfkit.families import family_of, load_model, load_tokenizer
 from rlhfkit.models import value
 from rlhfkit.records import Record
@@ -84,7 +85,7 @@ def perplexity(model, records):
 def score(reward_path, records):
     """The reward model's score of every answer: a list of floats for each record, in the order of its answers."""
     tokenizer, family = load_tokenizer(reward_path), family_of(reward_path)
-    model = value.load_reward_model(reward_path)
+    model = value.load_reward_model(reward_path).to(device())
     rows, limit, scores = {}, positions(model.config), {}
     for r, record in enumerate(records):
         for a, answer in enumerate(record.answers):
@@ -99,7 +100,7 @@ def score(reward_path, records):
 def open_model(model):
     """A path, a (model, tokenizer) pair, or an object that takes strings -> what `rank` and `answer` are asked of."""
     if isinstance(model, (str, os.PathLike)):
-        return TokenModel(load_model(model), load_tokenizer(model))
+        return TokenModel(load_model(model).to(device()), load_tokenizer(model))
     if isinstance(model, (tuple, list)) and len(model) == 2:
         return TokenModel(*model)
     if hasattr(model, "loglikelihoods") or (hasattr(model, "generate") and not hasattr(model, "config")):

@@ -4,9 +4,9 @@ One step: sample answers, score them, shape rewards, estimate advantages, update
 the 2023 kit decoded and encoded again, let GAE run over padding, swapped its two losses and never left its loop.
 """
 import copy
-import importlib
 import json
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from rlhfkit import health, rl
 from rlhfkit.configs import Result
 from rlhfkit.engine import Engine, all_sum, device, gather_list, log_line, rank, say, set_dropout, world_size
-from rlhfkit.families import load_model, load_tokenizer
-from rlhfkit.models.value import RewardModel, load_reward_model, score
-from rlhfkit.rollout import answer_samples, rollout, sample, sample_metrics
+from rlhfkit.families import load_model
+from rlhfkit.models.value import RewardModel
+from rlhfkit.rollout import Rewards, answer_samples, rollout, sample, sample_metrics
 from rlhfkit.rows import pad, prompt_rows
 from rlhfkit.samples.couplets import applies, gold
 from rlhfkit.saving import load_checkpoint, save_checkpoint, save_folder
-from rlhfkit.trainer import merged, prepare, rows_for
+from rlhfkit.trainer import merged, peak_memory, prepare, rows_for
 
 
 @dataclass
@@ -192,13 +192,13 @@ class PPOTrainer:
         if config.kl_in == "loss":              # k2, whose gradient is that of the KL
             loss = loss + self.kl.value * rl.kl_estimates(logps, batch.ref_logps[rows], answer)[1].sum() / tokens
         self.actor.backward(loss, last)
-        figures = {"policy_loss": float(loss), "clip_fraction": float(stats["clip_fraction"]), "ratio_deviation": float(stats["ratio_deviation"])}
+        figures = {"policy_loss": loss.item(), **{name: stats[name].item() for name in ("clip_fraction", "ratio_deviation")}}
         if self.critic:
             with self.autocast():
                 values = self.critic(ids, attention_mask=mask)[:, :-1]
             value_loss = rl.value_loss(values, batch.values[rows, :-1], returns[rows], answer, config.value_clip, tokens)
             self.critic.backward(value_loss, last)
-            figures["value_loss"] = float(value_loss)
+            figures["value_loss"] = value_loss.item()
         return figures
 
     def _figures(self, batch, rewards, returns):
@@ -262,8 +262,11 @@ class PPOTrainer:
         metrics = {k: v for k, v in trained[-1].items() if k in ("score", "kl", "length", "finished", "entropy")}
         for row, suffix in ((held_out[0], "_before"), (held_out[-1], "")) if held_out else ():
             metrics |= {f"{k}{suffix}": v for k, v in row.items() if k.startswith("eval_")}
-        return Result(self.config.stage, self.config.to_dict(), metrics | sample_metrics(self.samples) | {"steps": self.total_steps, "seconds": seconds},
-                      self.config.output_dir, self.history, self.samples)
+        spans, answers = [row["seconds"] for row in trained], self.per_step * self.config.answers_per_prompt
+        metrics |= {"seconds_per_step": statistics.median(spans), "memory_gib": peak_memory(), "steps": self.total_steps, "seconds": seconds,
+                    "tokens_per_second": statistics.median(row["length"] * answers / row["seconds"] for row in trained)}
+        return Result(self.config.stage, self.config.to_dict(), metrics | sample_metrics(self.samples), self.config.output_dir,
+                      self.history, self.samples)
 
     def _samples(self, step):
         return answer_samples(self.actor.model, self.tokenizer, self.family,
@@ -278,39 +281,3 @@ class PPOTrainer:
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return set_dropout(model, self.config.dropout).requires_grad_(True).train()
-
-
-class Rewards:
-    """What scores an answer: the mean of the reward models of `reward_path`, plus the reward function."""
-
-    def __init__(self, config, tokenizer):
-        self.models = [self._load(path, config, tokenizer) for path in config.reward_path.split(",") if path]
-        self.function = None
-        if config.reward_function:
-            module, _, name = config.reward_function.partition(":")
-            self.function = getattr(importlib.import_module(module), name)
-
-    def __call__(self, ids, mask, texts):
-        """ids, mask (B, T), texts B pairs (prompt, answer) -> (B,) float32; raises ValueError for a wrong count or NaN."""
-        total = torch.zeros(len(ids), device=ids.device)
-        if self.models:
-            with torch.no_grad():
-                total = torch.stack([torch.cat([score(m, ids[i:i + 64], mask[i:i + 64]) for i in range(0, len(ids), 64)])
-                                     for m in self.models]).mean(0)
-        if self.function:
-            given = self.function([p for p, _ in texts], [a for _, a in texts])
-            if len(given) != len(texts):
-                raise ValueError(f"the reward function gave {len(given)} scores for {len(texts)} answers; it must give one for each")
-            total = total + torch.tensor([float(x) for x in given], device=ids.device)
-        if not bool(torch.isfinite(total).all()):
-            at = int((~torch.isfinite(total)).nonzero()[0])
-            raise ValueError(f"the score of {texts[at]} is {float(total[at])}; scores must be finite numbers")
-        return total
-
-    @staticmethod
-    def _load(path, config, tokenizer):
-        theirs = load_tokenizer(path)
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"the reward model in {path} has another vocabulary than the actor in {config.model_path}; "
-                             "train one on the actor's tokenizer, or give a reward_function")
-        return load_reward_model(path).to(device()).requires_grad_(False)
