@@ -1,7 +1,7 @@
 """Runs the notebooks from a shell.
 
 `refresh` executes all of them and stores their outputs in place; `demo` executes 01 to 08 as batch runs with papermill
-into runs/demo, or with --data and --vocab into runs/demo-data, and closes with a table.
+into runs/demo, or with --data and --vocab into runs/demo-data, and closes with a table; `seeds` repeats 01 to 06.
 Nothing is decided here but where outputs go and, for --data, how long each stage trains.
 """
 import argparse
@@ -22,6 +22,8 @@ import papermill
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+
+import rlhfkit as rk
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
@@ -84,7 +86,7 @@ def demo(data="", vocab=""):
     What is finished there with the same parameters is read, not trained again; with others the folder is made anew."""
     folder = RUNS / ("demo-data" if data or vocab else "demo")
     plan = planned(folder.name, data, vocab)
-    _claim(folder, {"parameters": plan, "data": _fingerprint(data or HERE.parent / "rlhfkit/samples", vocab)})
+    _claim(folder, {"parameters": plan, "data": _fingerprint(HERE.parent / "rlhfkit", data, vocab)})
     rows = []
     for name, parameters in plan.items():
         print(f"{name:<14}", end="", flush=True)
@@ -100,6 +102,43 @@ def demo(data="", vocab=""):
         print(f"{seconds:6.0f} s  {rows[-1]['line']}", flush=True)
     print("\n" + table(rows))
     return True
+
+
+def seeds(numbers):
+    """Run notebooks 01 to 06 once a seed into runs/seeds/<seed> (a finished stage is read) and write the gold scores, with the gains over
+    SFT and the lower ends of their 95 % intervals (paired over the prompts), to records/seeds.json."""
+    rows = []
+    for seed in numbers:
+        folder, results = RUNS / "seeds" / str(seed), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, parameters in list(planned(f"seeds/{seed}").items())[:6]:
+            output_dir = HERE / parameters["output_dir"]
+            if not (output_dir / "result.json").is_file() and not (output_dir / "sft/train.jsonl").is_file():
+                papermill.execute_notebook(HERE / f"{name}.ipynb", folder / f"{name}.ipynb", parameters | {"seed": seed}, cwd=HERE,
+                                           progress_bar=False, extra_arguments=QUIET)
+            results[output_dir.name] = output_dir
+        rows.append({"seed": seed} | gains(results))
+        print(rows[-1], flush=True)
+    command = f"python notebooks/run.py seeds {' '.join(map(str, numbers))}"
+    (HERE / "records/seeds.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def gains(results):
+    """The figures of one seed from the run folders of its stages."""
+    row = {}
+    for stage in ("sft", "reward", "ppo", "dpo"):
+        result = rk.Result.load(results[stage])
+        if stage == "reward":
+            row["reward accuracy"] = round(result.metrics["eval_accuracy"], 3)
+            continue
+        row[f"{stage} gold"] = round(result.metrics["gold"], 3)
+        if stage != "sft":
+            first, last = ([s["gold"] for s in result.samples if (s["step"] == 0) == before and "gold" in s] for before in (True, False))
+            difference = rk.compare(first, last).iloc[0]
+            row |= {f"{stage} gain": round(float(difference.difference), 3), f"{stage} low": round(float(difference.low), 3)}
+        if stage == "ppo":
+            row["ppo kl"] = round(result.metrics["kl"], 2)
+    return row
 
 
 def planned(target, data="", vocab=""):
@@ -238,10 +277,14 @@ def main():
     own = commands.add_parser("demo", help="notebooks 01 to 08 as batch runs")
     own.add_argument("--data", default="", help="a folder of raw corpora")
     own.add_argument("--vocab", default="", help="a sentencepiece model")
+    repeat = commands.add_parser("seeds", help="01 to 06 once a seed, gold scores into records/seeds.json")
+    repeat.add_argument("numbers", type=int, nargs="+", help="the seeds")
     given = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     if given.command == "refresh":
         return refresh()
+    if given.command == "seeds":
+        return seeds(given.numbers)
     if given.data and not Path(given.data).is_dir():
         parser.error(f"--data {given.data} is no folder; give the folder of the raw corpora")
     if given.vocab and not Path(given.vocab).is_file():

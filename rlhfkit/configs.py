@@ -98,11 +98,12 @@ class SFT(Run):
     """Loss on the best answer and its end token."""
 
     packing: bool = False               # several records a row of max_length, none seen by another
-    max_new_tokens: int = 64            # of the samples written at the end
+    max_new_tokens: int = 64            # of the samples
     samples: int = 4                    # held-out prompts answered before and after; 0: none
+    temperature: float = 1.0            # of the samples; 0 takes the likeliest token
 
     stage: ClassVar[str] = "sft"
-    rules: ClassVar[dict] = dict(max_new_tokens=POSITIVE, samples=NOT_NEGATIVE)
+    rules: ClassVar[dict] = dict(max_new_tokens=POSITIVE, samples=NOT_NEGATIVE, temperature=NOT_NEGATIVE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,9 +126,11 @@ class DPO(Run):
     pairs_per_prompt: int = 1           # drawn by seed from all strictly ordered pairs
     max_new_tokens: int = 64
     samples: int = 4
+    temperature: float = 1.0            # of the samples
 
     stage: ClassVar[str] = "dpo"
-    rules: ClassVar[dict] = dict(beta=POSITIVE, pairs_per_prompt=POSITIVE, max_new_tokens=POSITIVE, samples=NOT_NEGATIVE)
+    rules: ClassVar[dict] = dict(beta=POSITIVE, pairs_per_prompt=POSITIVE, max_new_tokens=POSITIVE, samples=NOT_NEGATIVE,
+                                 temperature=NOT_NEGATIVE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,6 +177,8 @@ class PPO(Run):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dropout:
+            raise ValueError(f"dropout is {self.dropout}; PPO compares log-probs of the same ids, and dropout moves them: set it to 0.0")
         if not self.reward_path and not self.reward_function:
             raise ValueError("neither reward_path nor reward_function is set; PPO needs the folder of a reward model or a function")
         if self.critic in ("reward", "frozen") and self.advantage == "gae" and not self.reward_path:

@@ -164,7 +164,8 @@ def tiny(output_dir, family="pangu", seed=0, vocab_path="", hidden_size=64, num_
         texts += [" ".join(string.ascii_letters + string.digits + string.punctuation)]      # options A to D, dates, units
         tokenizer = train_vocab(texts, folder, 2400)
     tokenizer.save_pretrained(folder)
-    config = PanguConfig(vocab_size=tokenizer.vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4)
+    config = PanguConfig(vocab_size=tokenizer.vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4,
+                         initializer_range=0.06)            # 0.02 suits a width of 1024; a narrow model would start too flat
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         PanguForCausalLM(config).save_pretrained(folder)

@@ -99,7 +99,7 @@ def _loss_falls(start, now, config):
 
 def _held_out(history, name):
     """The newest held-out value of a figure after five logged steps, the mean of its last three after ten, or None."""
-    values, held_out = _series(history, name), _series(history, "eval_" + name)
+    values, held_out = _series(history, name), _series([row for row in history if row["step"]], "eval_" + name)      # not the start
     if held_out and len(values) >= 5:
         return held_out[-1]
     return fmean(values[-3:]) if len(values) >= 10 else None

@@ -67,17 +67,19 @@ def sample(model, prompts, max_new_tokens, end_ids, pad_id, temperature=0.0, top
     return answers
 
 
-def answer_samples(model, tokenizer, family, records, count, max_new_tokens, max_length, step):
-    """Greedy answers to the first `count` records that fit -> sample dicts for a Result, with the judge's score where its rules apply."""
+def answer_samples(model, tokenizer, family, records, config, step):
+    """Answers to the first config.samples records that fit -> sample dicts for a Result, with the judge's score where its rules apply.
+    Each record has noise of its own, the same at every step, so that before and after can be paired."""
     kept = []
     for record in records:
-        if len(kept) == count:
+        if len(kept) == config.samples:
             break
         try:
-            kept.append((record, family.encode(tokenizer, record, None, max_length - max_new_tokens)[0]))
+            kept.append((record, family.encode(tokenizer, record, None, config.max_length - config.max_new_tokens)[0]))
         except ValueError:                      # the stage's rows have set it aside and counted it
             continue
-    answers = sample(model, [ids for _, ids in kept], max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    answers = sample(model, [ids for _, ids in kept], config.max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id,
+                     config.temperature, seed=config.seed)
     rows = [dict(step=step, prompt=r.prompt, answer=tokenizer.decode(a)) for (r, _), a in zip(kept, answers)]
     return [row | ({"gold": gold(row["prompt"], row["answer"])} if applies(row["prompt"]) else {}) for row in rows]
 

@@ -189,9 +189,13 @@ class History(TrainerCallback):
     def __init__(self, config, trainer, judge):
         self.config, self.trainer, self.judge = config, trainer, judge
         self.history, self.metrics, self.last = [], {}, time.perf_counter()
+        self.file = os.path.join(config.output_dir, "history.jsonl")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.history = [row for row in state.log_history if "loss" in row or "eval_loss" in row]
+        if state.global_step and os.path.isfile(self.file):         # going on from a checkpoint
+            with open(self.file, encoding="utf-8") as f:
+                self.history = [row for row in map(json.loads, f) if row["step"] <= state.global_step]
+        self._store("w", self.history)
         if not self.history:
             self._judge(0)
         self.metrics = {f"{k}_before": v for k, v in (self.history[0] if self.history else {}).items() if k.startswith("eval_")}
@@ -227,8 +231,14 @@ class History(TrainerCallback):
         if figures:
             self._add({"step": step, **{f"eval_{k}": v for k, v in figures.items()}})
 
+    def _store(self, mode, rows):
+        if rank() == 0:
+            with open(self.file, mode, encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+
     def _add(self, row):
         self.history.append(row)
+        self._store("a", [row])
         say(self.config.output_dir, log_line(row))
         for line in health.warnings_at(self.history, self.config.to_dict()):
             say(self.config.output_dir, line)

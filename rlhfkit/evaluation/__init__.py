@@ -94,7 +94,7 @@ def _items(task, examples, shown, reader):
     """One dict an example: what was asked, what the model made of it, and its credit by metric."""
     records, choices, golds = zip(*(task.render(example, shots) for example, shots in zip(examples, shown)))
     if task.scoring == "generation":
-        answers, prompts = reader.answer(records, task.max_new_tokens)
+        answers, prompts = reader.answer(records, task.max_new_tokens, task.temperature)
         results = [{"answer": a, "credit": task.metric(a, gold), "chance": 0.0} for a, gold in zip(answers, golds)]
     else:
         for example, texts in zip(examples, choices):

@@ -122,14 +122,14 @@ class TokenModel:
         requests = [(ids, tail) for _, ids, tails in fitted for tail in tails]
         return _regroup(loglikelihoods(self.model, requests), choices), [prompt for prompt, _, _ in fitted]
 
-    def answer(self, records, max_new_tokens):
-        """Records -> (greedy answers, the prompts as the model saw them)."""
+    def answer(self, records, max_new_tokens, temperature=0.0):
+        """Records -> (answers, the prompts as the model saw them); temperature 0 is greedy."""
         fitted = [self._fit(record, (), max_new_tokens) for record in records]
         order = sorted(range(len(fitted)), key=lambda i: len(fitted[i][1]))
         end_id = self.family.encode(self.tokenizer, Record("问"), "答")[1][-1]
         longest = len(fitted[order[-1]][1]) + max_new_tokens
         rows = sample(self.model, [fitted[i][1] for i in order], max_new_tokens, [end_id], self.tokenizer.pad_token_id,
-                      batch_size=max(1, BATCH_TOKENS // longest))
+                      temperature, batch_size=max(1, BATCH_TOKENS // longest))
         answers = {i: self.tokenizer.decode(row) for i, row in zip(order, rows)}
         return [answers[i] for i in range(len(fitted))], [prompt for prompt, _, _ in fitted]
 
@@ -169,7 +169,7 @@ class StringModel:
         requests = [(prompt, text) for prompt, texts in zip(prompts, choices) for text in texts]
         return _regroup(map(float, self._ask("loglikelihoods", requests)), choices), prompts
 
-    def answer(self, records, max_new_tokens):
+    def answer(self, records, max_new_tokens, temperature=0.0):
         prompts = [record.prompt + record.prefix for record in records]
         return self._ask("generate", prompts, max_new_tokens=max_new_tokens), prompts
 

@@ -20,8 +20,7 @@ def run(config):
     model, tokenizer, family = prepare(config)
     rows, dev, dev_records = rows_for(config, lambda records: pair_rows(
         records, family, tokenizer, config.max_length, config.pairs_per_prompt, config.seed))
-    answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, count=config.samples,
-                      max_new_tokens=config.max_new_tokens, max_length=config.max_length)
+    answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
     measure = partial(pair_figures, pad_id=tokenizer.pad_token_id, beta=config.beta)
     for start in range(0, len(dev), config.batch_size):

@@ -214,12 +214,13 @@ class PPOTrainer:
         return row["kl"], row
 
     def judge(self, step):
-        """Greedy answers to the held-out prompts: mean score, gold score where the judge's rules apply, length."""
+        """Answers to the held-out prompts, with the same noise each time: mean score, gold score where the judge's rules apply, length."""
         end, pad_id, totals = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, torch.zeros(5)
         for start in range(0, len(self.dev), 64 * world_size()):
             part = self.dev[start:start + 64 * world_size()][rank()::world_size()] or self.dev[:1]     # sharded weights: all take part
             counts = start + rank() < len(self.dev)
-            answers = sample(self.actor.model, [row["prompt_ids"] for row in part], self.config.max_new_tokens, [end], pad_id)
+            answers = sample(self.actor.model, [row["prompt_ids"] for row in part], self.config.max_new_tokens, [end], pad_id,
+                             self.config.temperature, seed=start + rank())
             ids = [row["prompt_ids"] + a + [end] for row, a in zip(part, answers)]
             texts = [(row["record"].prompt, self.tokenizer.decode(a)) for row, a in zip(part, answers)]
             scores = self.rewards(pad(ids, pad_id).to(device()), pad([[1] * len(i) for i in ids], 0).to(device()), texts)
@@ -270,7 +271,7 @@ class PPOTrainer:
 
     def _samples(self, step):
         return answer_samples(self.actor.model, self.tokenizer, self.family,
-                              [row["record"] for row in self.dev], self.config.samples, self.config.max_new_tokens, self.config.max_length, step)
+                              [row["record"] for row in self.dev], self.config, step)
 
     def _critic(self):
         """The critic that is trained along, started from the reward model or from the actor, or None."""

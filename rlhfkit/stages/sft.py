@@ -15,8 +15,7 @@ def run(config):
     model, tokenizer, family = prepare(config)
     rows, dev, dev_records = rows_for(config, lambda records: sft_rows(
         records, family, tokenizer, config.max_length, config.packing))
-    answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, count=config.samples,
-                      max_new_tokens=config.max_new_tokens, max_length=config.max_length)
+    answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
     trainer = Trainer(model=model, args=TrainingArguments(**arguments(config)), train_dataset=rows,
                       data_collator=partial(collate, pad_id=tokenizer.pad_token_id))

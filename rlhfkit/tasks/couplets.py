@@ -24,4 +24,4 @@ def score(answer, prompt):
     return {"gold": couplets.gold(prompt, (answer.strip().splitlines() or [""])[0])}
 
 
-TASK = Task("couplets", load, render, scoring="generation", metric=score, max_new_tokens=24)
+TASK = Task("couplets", load, render, scoring="generation", metric=score, max_new_tokens=24, temperature=1.0)

@@ -31,6 +31,7 @@ class Task:
     shot_splits: tuple = ("train",)     # the first of these that exists gives the shots
     metric: Callable | None = None
     max_new_tokens: int = 0
+    temperature: float = 0.0            # 0 takes the likeliest token; above, what a policy does, drawn with fixed seeds
 
     def __post_init__(self):
         if self.scoring not in ("choices", "letters", "generation"):
