@@ -19,7 +19,7 @@ from rlhfkit.configs import Result
 from rlhfkit.engine import Engine, all_sum, device, gather_list, log_line, rank, say, set_dropout, world_size
 from rlhfkit.families import load_model
 from rlhfkit.models.value import RewardModel
-from rlhfkit.rollout import Rewards, answer_samples, rollout, sample, sample_metrics
+from rlhfkit.rollout import Rewards, answer_samples, rollout, sample_metrics
 from rlhfkit.rows import pad, prompt_rows
 from rlhfkit.samples.couplets import applies, gold
 from rlhfkit.saving import load_checkpoint, save_checkpoint, save_folder
@@ -217,15 +217,14 @@ class PPOTrainer:
         """Answers to the held-out prompts, with the same noise each time: mean score, gold score where the judge's rules apply, length."""
         end, pad_id, totals = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, torch.zeros(5)
         for start in range(0, len(self.dev), 64 * world_size()):
-            part = self.dev[start:start + 64 * world_size()][rank()::world_size()] or self.dev[:1]     # sharded weights: all take part
-            counts = start + rank() < len(self.dev)
-            answers = sample(self.actor.model, [row["prompt_ids"] for row in part], self.config.max_new_tokens, [end], pad_id,
-                             self.config.temperature, seed=start + rank())
+            mine = range(start + rank(), min(start + 64 * world_size(), len(self.dev)), world_size())
+            part = [self.dev[i] for i in mine or [0]]                   # sharded weights: all processes take part
+            answers = [[t for t in a if t != end] for a in self._sample(part, [hash((self.config.seed, -1, i)) for i in mine or [0]])]
             ids = [row["prompt_ids"] + a + [end] for row, a in zip(part, answers)]
             texts = [(row["record"].prompt, self.tokenizer.decode(a)) for row, a in zip(part, answers)]
             scores = self.rewards(pad(ids, pad_id).to(device()), pad([[1] * len(i) for i in ids], 0).to(device()), texts)
             golds = [gold(*t) for t in texts if applies(t[0])]
-            totals += counts * torch.tensor([len(part), float(scores.sum()), sum(map(len, answers)), len(golds), sum(golds)])
+            totals += bool(mine) * torch.tensor([len(part), float(scores.sum()), sum(map(len, answers)), len(golds), sum(golds)])
         count, total, length, judged, golds = all_sum(totals).tolist()
         if count:
             row = {"step": step, "eval_score": total / count, "eval_length": length / count}
