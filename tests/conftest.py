@@ -1,8 +1,8 @@
 """Shared fixtures. Everything runs offline on a CPU; real data is optional and its absence is a skip with a reason."""
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", DS_ACCELERATOR="cpu",
-                  TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false",
+                  MPLBACKEND="agg")
 
 from pathlib import Path
 
