@@ -35,11 +35,11 @@ PROGRESS = re.compile(r"\r|\d+%\|.*\|")    # a line that a progress bar wrote
 # Other parameters with --data: some 20,000 real records and a vocabulary of 40,000 pieces in 20 minutes on two cores.
 DATA = {
     "01_data": dict(pair_sources=""),
-    "02_pretrain": dict(batch_size=4, max_steps=150, num_epochs=1, eval_steps=0),
-    "03_sft": dict(batch_size=4, max_steps=150, num_epochs=1, eval_steps=0),
-    "04_reward": dict(batch_size=8, max_steps=100, eval_steps=0),
-    "05_ppo": dict(batch_size=16, mini_batch_size=8, max_steps=10),
-    "06_dpo": dict(batch_size=8, max_steps=40),
+    "02_pretrain": dict(batch_size=4, max_steps=250, eval_steps=0),
+    "03_sft": dict(batch_size=4, max_steps=250, eval_steps=0),
+    "04_reward": dict(batch_size=8, max_steps=150, eval_steps=0),
+    "05_ppo": dict(batch_size=32, mini_batch_size=16, max_steps=15, eval_steps=0),
+    "06_dpo": dict(batch_size=8, max_steps=50, eval_steps=0, data_path="../runs/demo-data/data/pairs"),
 }
 
 # What a stage is judged by: the figure, and its names in the metrics of a result before and after.

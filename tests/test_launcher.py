@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import rlhfkit as rk
 from rlhfkit.launcher import WorkerError
@@ -21,6 +22,9 @@ def data(tmp_path_factory):
     return folder
 
 
+several = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU: two workers need two, or none")
+
+
 def losses(result):
     return [row["loss"] for row in result.history if "loss" in row]
 
@@ -30,6 +34,7 @@ def sft(tiny_path, data, output_dir, **more):
                   report_to="none", **more)
 
 
+@several
 def test_two_processes_give_the_numbers_of_one_and_their_lines_stream_into_the_cell(tiny_path, data, tmp_path, capfd):
     one = rk.launch(sft(tiny_path, data, tmp_path / "one", batch_size=8))
     capfd.readouterr()
@@ -40,6 +45,7 @@ def test_two_processes_give_the_numbers_of_one_and_their_lines_stream_into_the_c
     assert [s["answer"] for s in two.samples] == [s["answer"] for s in one.samples]
 
 
+@several
 def test_a_worker_that_fails_raises_in_the_cell_with_its_own_last_lines(tiny_path, data, tmp_path):
     config = rk.PPO(tiny_path, data, tmp_path / "ppo", max_length=64, max_new_tokens=4, batch_size=4, max_steps=1, critic="actor",
                     reward_function="no_such_module:score", report_to="none")
@@ -91,6 +97,7 @@ def test_zero_needs_workers_and_detaching_too(tiny_path, data, tmp_path):
         rk.attach(tmp_path)
 
 
+@several
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
@@ -117,6 +124,7 @@ def running(folder):
     return found
 
 
+@several
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_ppo_on_two_processes_samples_and_learns_what_one_does(zero_stage, tiny_path, data, tmp_path):

@@ -27,6 +27,10 @@ def prompts(tiny_path, tokenizer):
     return [rk.family_of(tiny_path).encode(tokenizer, r)[0] for r in records]
 
 
+def ask(samples):
+    return rk.SFT("model", "data", "out", max_length=64, max_new_tokens=4, samples=samples)
+
+
 def drawn(model, prompts, seeds, temperature=1.0, tokens=10, **options):
     return rollout(model, prompts, tokens, END, 6, seeds, temperature, **options)
 
@@ -146,17 +150,17 @@ def test_a_prompt_longer_than_the_model_is_shortened_in_the_user_s_text(tiny_pat
 
 def test_samples_carry_the_judge_s_score_where_its_rules_apply(tiny_path, model, tokenizer):
     records = [rk.Record("上联：晚风吹桥", prefix="下联："), rk.Record("什么是春风？"), rk.Record("春风")]
-    rows = answer_samples(model, tokenizer, rk.family_of(tiny_path), records, 2, 4, 64, step=7)
+    rows = answer_samples(model, tokenizer, rk.family_of(tiny_path), records, ask(2), step=7)
     assert [row["prompt"] for row in rows] == ["上联：晚风吹桥", "什么是春风？"] and {row["step"] for row in rows} == {7}
     assert "gold" in rows[0] and "gold" not in rows[1]
     assert rows[0]["gold"] == rk.gold(rows[0]["prompt"], rows[0]["answer"])
-    assert answer_samples(model, tokenizer, rk.family_of(tiny_path), records, 0, 4, 64, step=0) == []
+    assert answer_samples(model, tokenizer, rk.family_of(tiny_path), records, ask(0), step=0) == []
 
 
 def test_a_held_out_record_that_does_not_fit_does_not_stop_a_run(tiny_path, model, tokenizer):
     """Rows set it aside and count it; the samples met it again and raised, before the first step or after the last."""
     records = [rk.Record("长", prefix="下联：" * 60), rk.Record("上联：晚风吹桥", prefix="下联：")]
-    rows = answer_samples(model, tokenizer, rk.family_of(tiny_path), records, 2, 4, 64, step=0)
+    rows = answer_samples(model, tokenizer, rk.family_of(tiny_path), records, ask(2), step=0)
     assert "上联：晚风吹桥" in [row["prompt"] for row in rows]
 
 

@@ -104,7 +104,8 @@ def test_only_the_answer_and_its_end_token_carry_a_loss_and_show_makes_it_visibl
     """The 2023 kit trained on the prompt and on padding."""
     rows, _ = make(rk.sft_rows, COUPLETS[:1], 64)
     assert rk.show(rows[0], tokenizer) == "上联：晚风吹桥<sep>下联：⟦明月照寺<eot>⟧"
-    assert [label for label in rows[0]["labels"] if label != IGNORE] == rows[0]["input_ids"][-4:]
+    labels = [label for label in rows[0]["labels"] if label != IGNORE]
+    assert labels == rows[0]["input_ids"][-len(labels):] and labels[-1] == tokenizer.eos_token_id
     assert (rows[0]["id"], rows[0]["source"]) == (0, "couplets")
 
 

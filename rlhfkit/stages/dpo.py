@@ -2,6 +2,7 @@
 
 The reference is the model that the run starts from; its log-probs are computed once, before training.
 """
+import random
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from rlhfkit.engine import device, mean_over
+from rlhfkit.engine import device, mean_over, world_size
 from rlhfkit.rl import token_logps
 from rlhfkit.rollout import answer_samples, sample_metrics
 from rlhfkit.rows import pad, pair_rows
@@ -20,6 +21,9 @@ def run(config):
     model, tokenizer, family = prepare(config)
     rows, dev, dev_records = rows_for(config, lambda records: pair_rows(
         records, family, tokenizer, config.max_length, config.pairs_per_prompt, config.seed))
+    seen = config.max_steps * config.batch_size * config.gradient_accumulation_steps * world_size()
+    if 0 < seen < len(rows):                        # the reference is asked only about what the steps will see
+        rows = random.Random(config.seed).sample(rows, seen)
     answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
     measure = partial(pair_figures, pad_id=tokenizer.pad_token_id, beta=config.beta)
