@@ -2,7 +2,10 @@
 
 The public names are below; each is imported when it is first used, so `import rlhfkit` is quick and needs no torch.
 """
+import warnings
 from importlib import import_module
+
+warnings.filterwarnings("ignore", message="IProgress not found")     # tqdm, in a kernel without ipywidgets
 
 _HOME = {
     "records": "Record Answer read_records write_records split pairs",

@@ -219,12 +219,13 @@ class PPOTrainer:
         for start in range(0, len(self.dev), 64 * world_size()):
             mine = range(start + rank(), min(start + 64 * world_size(), len(self.dev)), world_size())
             part = [self.dev[i] for i in mine or [0]]                   # sharded weights: all processes take part
-            answers = [[t for t in a if t != end] for a in self._sample(part, [hash((self.config.seed, -1, i)) for i in mine or [0]])]
+            sampled = self._sample(part, [hash((self.config.seed, -1, i)) for i in mine or [0]])
+            answers = [[t for t in a if t != end] for a in sampled]
             ids = [row["prompt_ids"] + a + [end] for row, a in zip(part, answers)]
             texts = [(row["record"].prompt, self.tokenizer.decode(a)) for row, a in zip(part, answers)]
             scores = self.rewards(pad(ids, pad_id).to(device()), pad([[1] * len(i) for i in ids], 0).to(device()), texts)
             golds = [gold(*t) for t in texts if applies(t[0])]
-            totals += bool(mine) * torch.tensor([len(part), float(scores.sum()), sum(map(len, answers)), len(golds), sum(golds)])
+            totals += bool(mine) * torch.tensor([len(part), float(scores.sum()), sum(map(len, sampled)), len(golds), sum(golds)])
         count, total, length, judged, golds = all_sum(totals).tolist()
         if count:
             row = {"step": step, "eval_score": total / count, "eval_length": length / count}
