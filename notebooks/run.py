@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 DEFAULT = "../runs/tiny"                    # where the notebooks write when nobody says otherwise
 KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
-QUIET = ["--IPKernelApp.log_level=40"]      # no note on each kernel's start
+QUIET = ["--IPKernelApp.log_level=50"]      # no note on each kernel's start and end
 PROGRESS = re.compile(r"\r|\d+%\|.*\|")    # a line that a progress bar wrote
 
 # Other parameters with --data: some 20,000 real records and a vocabulary of 40,000 pieces in 20 minutes on two cores.

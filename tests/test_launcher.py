@@ -57,7 +57,8 @@ def test_a_worker_that_fails_raises_in_the_cell_with_its_own_last_lines(tiny_pat
 def test_interrupting_the_cell_ends_the_workers(tiny_path, data, tmp_path):
     code = ("import rlhfkit as rk\nrk.launch(rk.SFT(%r, %r, %r, max_length=64, max_new_tokens=8, max_steps=100000, logging_steps=1, "
             "report_to='none'), num_processes=1)" % (tiny_path, str(data), str(tmp_path / "run")))
-    cell = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    cell = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background job ignores it
     assert any("step 2  loss" in line for line in cell.stdout)              # the workers are at work
     cell.send_signal(signal.SIGINT)
     cell.communicate(timeout=60)
