@@ -45,8 +45,9 @@ class Engine:
     def step(self):
         """Clip, update, advance the schedule -> norm of the gradient before clipping."""
         if self.deepspeed:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])   # stage 0 keeps none
             self.deepspeed.step()
-            norm = float(self.deepspeed.get_global_grad_norm() or math.nan)
+            norm = float(self.deepspeed.get_global_grad_norm() or norm)
         else:
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
             self.optimizer.step()

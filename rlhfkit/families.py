@@ -5,86 +5,77 @@ type that is not listed here but that transformers knows is written through the 
 """
 import json
 import os
-import string
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from rlhfkit.models.pangu import PanguConfig, PanguForCausalLM
-from rlhfkit.tokenizers.pangu import PanguTokenizer, train_vocab
+from rlhfkit import encodings
+from rlhfkit.models import layouts, originals
+from rlhfkit.tokenizers.baichuan import BaichuanTokenizer
+from rlhfkit.tokenizers.chatglm import ChatGLM2Tokenizer, ChatGLM3Tokenizer, ChatGLMTokenizer
+from rlhfkit.tokenizers.glm import GLMChineseTokenizer
+from rlhfkit.tokenizers.pangu import PanguTokenizer
+from rlhfkit.tokenizers.qwen import QwenTokenizer
 
 DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 hf_logging.disable_progress_bar()           # a bar for each load and save hides the lines that matter
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")      # or DeepSpeed says at each start that it guessed so
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+MARK = "rlhfkit_family"                     # in the config.json of our folders, whose model type is that of a native class
 
 
 @dataclass(frozen=True)
 class Family:
     """`encode(tokenizer, record, answer=None, max_length=None) -> (prompt_ids, answer_ids)`: only the user's text is shortened, never the
     template; answer_ids end with the end token; without an answer they are empty and prompt_ids are ready for generation.
-    `encode_text(tokenizer, text) -> ids` of one document for pre-training, its end token included."""
+    `encode_text(tokenizer, text) -> (read_ids, text_ids)` of one document: the loss is on the second, its end token included.
+    `blank(tokenizer, text_ids) -> (read_ids, text_ids)`: pre-training rows of a model that reads both ways.
+    `config(raw) -> config`: of an original folder's config.json; `table`: its tensors' names (models/layouts.py)."""
 
     name: str
     encode: Callable
     encode_text: Callable
     lora_targets: tuple = ()            # empty: every linear layer
-    config_class: type = AutoConfig
-    model_class: type = AutoModelForCausalLM
     tokenizer_class: type = AutoTokenizer
+    config: Callable | None = None
+    table: dict = field(default_factory=dict)
+    end: str = ""                       # the token that ends an answer, empty: the tokenizer's eos
+    blank: Callable | None = None
+
+    def end_ids(self, tokenizer):
+        """Ids that end an answer."""
+        return [tokenizer.convert_tokens_to_ids(self.end) if self.end else tokenizer.eos_token_id]
 
 
-def encode_pangu(tokenizer, record, answer=None, max_length=None):
-    """`<s> prompt <sep> prefix`, then `answer <eot>`; in the 2023 kit generation lacked the `<s>` that training had.
-    System text and earlier turns, which it dropped, stand before the prompt, a line each."""
-    earlier = "".join(line + "\n" for line in (record.system, *(t for turn in record.history for t in turn)) if line)
-    before, user, prefix, *answers = tokenizer.encode_texts([earlier, record.prompt, record.prefix] + ([answer] if answer is not None else []))
-    answer_ids = answers[0] + [tokenizer.eos_token_id] if answers else []
-    user = _shorten(user, 2 + len(before) + len(prefix) + len(answer_ids), len(answer_ids), max_length)
-    return [tokenizer.bos_token_id] + before + user + [tokenizer.sep_token_id] + prefix, answer_ids
-
-
-def encode_chat(tokenizer, record, answer=None, max_length=None):
-    """The chat template that ships with the tokenizer, or `prompt` and `prefix` as they stand where there is none; end: eos."""
-    answer_ids = []
-    if answer is not None:
-        answer_ids = tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
-    prompt_ids = _chat_ids(tokenizer, record, record.prompt)
-    if max_length and len(prompt_ids) + len(answer_ids) > max_length:
-        user = tokenizer.encode(record.prompt, add_special_tokens=False)
-        user = _shorten(user, len(_chat_ids(tokenizer, record, "")) + len(answer_ids), len(answer_ids), max_length)
-        while len(prompt_ids) + len(answer_ids) > max_length:      # a cut inside a character can make it longer
-            prompt_ids = _chat_ids(tokenizer, record, tokenizer.decode(user).rstrip("\ufffd"))
-            user = user[:-1]
-    return prompt_ids, answer_ids
-
-
-def text_pangu(tokenizer, text):
-    """`<s> text <eot>`."""
-    return [tokenizer.bos_token_id, *tokenizer.encode_texts([text])[0], tokenizer.eos_token_id]
-
-
-def text_plain(tokenizer, text):
-    """The tokenizer's own beginning, if it has one, the text, and eos."""
-    return tokenizer.encode(text) + [tokenizer.eos_token_id]
-
-
-FAMILIES = {
-    "pangu": Family("pangu", encode_pangu, text_pangu, ("q_proj", "k_proj", "v_proj", "c_proj", "c_fc"),
-                    PanguConfig, PanguForCausalLM, PanguTokenizer),
-}
-NATIVE = Family("native", encode_chat, text_plain)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LLAMA_LIKE = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+FAMILIES = {family.name: family for family in (
+    Family("pangu", encodings.encode_pangu, encodings.text_pangu, ("q_proj", "k_proj", "v_proj", "c_proj", "c_fc"), PanguTokenizer,
+           originals.pangu_config),
+    Family("glm", encodings.encode_glm, encodings.text_glm, FUSED, GLMChineseTokenizer, originals.glm_config,
+           end="<|endofpiece|>", blank=encodings.blank_glm),
+    Family("chatglm", encodings.encode_chatglm, encodings.text_chatglm, FUSED, ChatGLMTokenizer, originals.chatglm_config, end="<eop>"),
+    Family("chatglm2", encodings.encode_chatglm2, encodings.text_chatglm2, (*ATTENTION, "gate_up_proj", "down_proj"), ChatGLM2Tokenizer,
+           originals.chatglm2_config, layouts.CHATGLM2),
+    Family("chatglm3", encodings.encode_chatglm3, encodings.text_chatglm2, (*ATTENTION, "gate_up_proj", "down_proj"), ChatGLM3Tokenizer,
+           originals.chatglm2_config, layouts.CHATGLM2),
+    Family("baichuan", encodings.encode_plain, encodings.text_bos, LLAMA_LIKE, BaichuanTokenizer, originals.baichuan_config, layouts.BAICHUAN),
+    Family("qwen", encodings.encode_qwen, encodings.text_qwen, LLAMA_LIKE, QwenTokenizer, originals.qwen_config, layouts.QWEN,
+           end="<|im_end|>"),
+)}
+NATIVE = Family("native", encodings.encode_chat, encodings.text_plain)
 
 
 def family_of(path):
     """The Family of a model folder, or of a model's config."""
-    model_type = getattr(path, "model_type", None) or _read_config(path).get("model_type", "")
-    return FAMILIES.get(model_type, NATIVE)
+    raw = path.to_dict() if hasattr(path, "model_type") else _read_config(path)
+    return FAMILIES.get(raw.get(MARK) or originals.original_family(raw), NATIVE)
 
 
 def load_tokenizer(path, family=None):
@@ -92,7 +83,7 @@ def load_tokenizer(path, family=None):
     folder = _folder(path)
     family = _family(folder, family)
     try:
-        tokenizer = family.tokenizer_class.from_pretrained(folder)
+        tokenizer = family.tokenizer_class.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:         # RuntimeError: sentencepiece
         raise ValueError(f"no tokenizer of family {family.name} in {folder}: {error}; put its vocabulary file beside config.json") from error
     if tokenizer.pad_token_id is None:
@@ -102,7 +93,20 @@ def load_tokenizer(path, family=None):
 
 def load_config(path, family=None):
     """The model's config of a folder."""
-    return _family(_folder(path), family).config_class.from_pretrained(_folder(path))
+    raw, family = _read_config(path), _family(_folder(path), family)
+    if family.config is None or MARK in raw:
+        try:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} has model_type {raw.get('model_type')!r}, which neither rlhfkit nor transformers knows; rlhfkit has "
+                             f"{', '.join(FAMILIES)}, and its README says how to add one") from error
+    try:
+        config = family.config(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}/config.json is not that of a {family.name} model ({error}); copy the folder again, or name its "
+                         f"family: {', '.join(FAMILIES)}") from error
+    setattr(config, MARK, family.name)
+    return config
 
 
 def load_model(path, family=None, dtype=None):
@@ -114,14 +118,20 @@ def load_model(path, family=None, dtype=None):
         raise ValueError(f"{folder} holds a reward model, not a language model; give it as reward_path, or to rk.score")
     if not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
         raise FileNotFoundError(f"{folder} has a config.json but no weights; expected {' or '.join(WEIGHTS)}")
+    given = dict(dtype=DTYPES[dtype or "float32"], output_loading_info=True, ignore_mismatched_sizes=True)      # check_keys names them
     try:
-        model, info = family.model_class.from_pretrained(folder, dtype=DTYPES[dtype or "float32"], output_loading_info=True,
-                                                         ignore_mismatched_sizes=True)      # check_keys names them
+        if family.config is None:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, config=load_config(folder), trust_remote_code=False, **given)
+        else:
+            config = load_config(folder, family)
+            weights = layouts.to_ours(layouts.read_weights(folder), family.table, config, originals.has_normed_head(_read_config(folder)))
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=weights, **given)
     except Exception as error:
         if isinstance(error, (OSError, ValueError, RuntimeError)) or "Safetensor" in type(error).__name__:
-            raise ValueError(f"the weights in {folder} cannot be read: {error}; copy the folder again") from error
+            raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
         raise
     check_keys(folder, info)
+    model.config._name_or_path = str(folder)
     return model.eval()
 
 
@@ -144,32 +154,7 @@ def check_vocabulary(model, tokenizer):
 def empty_model(path):
     """The model of a folder on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return family_of(path).model_class.from_config(load_config(path)) if family_of(path) is NATIVE else \
-            family_of(path).model_class(load_config(path))
-
-
-def tiny(output_dir, family="pangu", seed=0, vocab_path="", hidden_size=64, num_layers=4):
-    """Write the folder of a tiny, untrained model and its tokenizer; the vocabulary is learnt from the samples, or a given vocab.model."""
-    if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}; tiny models exist for {', '.join(FAMILIES)}")
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if vocab_path:
-        if not Path(vocab_path).is_file():
-            raise FileNotFoundError(f"vocab_path {vocab_path} is no file; give a sentencepiece model")
-        tokenizer = PanguTokenizer(vocab_file=str(vocab_path))
-    else:
-        from rlhfkit.sources import build
-        texts = sorted({t for r in build() for t in (r.prompt, r.prefix, *(a.text for a in r.answers)) if t})
-        texts += [" ".join(string.ascii_letters + string.digits + string.punctuation)]      # options A to D, dates, units
-        tokenizer = train_vocab(texts, folder, 2400)
-    tokenizer.save_pretrained(folder)
-    config = PanguConfig(vocab_size=tokenizer.vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=4,
-                         initializer_range=0.06)            # 0.02 suits a width of 1024; a narrow model would start too flat
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        PanguForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+        return AutoModelForCausalLM.from_config(load_config(path))
 
 
 def _folder(path):
@@ -197,25 +182,3 @@ def _read_config(path):
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} cannot be read: {error}; copy the folder again") from error
-
-
-def _shorten(user, template, answer, max_length):
-    """The user's ids cut at their end so that all fits; ValueError when template and answer alone do not."""
-    if not max_length or len(user) + template <= max_length:
-        return user
-    room = max_length - template
-    if room < 1:
-        raise ValueError(f"an answer of {answer} tokens and its template do not fit into max_length {max_length} with a prompt; "
-                         f"set max_length to {template + 1} or more")
-    return user[:room]
-
-
-def _chat_ids(tokenizer, record, text):
-    if not tokenizer.chat_template:
-        return tokenizer.encode(text + record.prefix)
-    messages = [{"role": "system", "content": record.system}] if record.system else []
-    for user, assistant in record.history:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    messages.append({"role": "user", "content": text})
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(ids) + tokenizer.encode(record.prefix, add_special_tokens=False)

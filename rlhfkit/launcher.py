@@ -124,11 +124,18 @@ def _follow(folder, alive):
             time.sleep(0.2)
     if (folder / "result.json").is_file():
         return Result.load(folder)
-    lines = (folder / "worker.log").read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [re.sub(r"^\[default\d+\]:", "", line) for line in lines]
-    errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
-    raise WorkerError("a worker failed: " + (errors[-1].strip() if errors else "no message") + f"\nall of it: {folder / 'worker.log'}\n"
-                      + "\n".join(lines[-30:]))
+    raise WorkerError(_failure(folder))
+
+
+def _failure(folder):
+    """The error of the worker that failed first (the others then lose their connection to it) and its last lines."""
+    logs = sorted((folder / "workers").glob("*/attempt_*/*/stderr.log"), key=os.path.getmtime)      # it also stopped writing first
+    for log in [*logs, folder / "worker.log"]:
+        lines = [re.sub(r"^\[(default|rank)\d+\]:", "", line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+        if errors:
+            break
+    return f"a worker failed: {errors[-1].strip() if errors else 'no message'}\nall of it: {log}\n" + "\n".join(lines[-30:])
 
 
 def _alive(folder):

@@ -38,7 +38,7 @@ def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, t
     except ValueError as error:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; the model has {room} positions, too few for it and a prompt ({error}); "
                          "ask for fewer") from error
-    answers = sample(model, ids, max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id, temperature, top_k, top_p, seed)
+    answers = sample(model, ids, max_new_tokens, family.end_ids(tokenizer), tokenizer.pad_token_id, temperature, top_k, top_p, seed)
     return [tokenizer.decode(a) for a in answers]
 
 
@@ -78,7 +78,7 @@ def answer_samples(model, tokenizer, family, records, config, step):
             kept.append((record, family.encode(tokenizer, record, None, config.max_length - config.max_new_tokens)[0]))
         except ValueError:                      # the stage's rows have set it aside and counted it
             continue
-    answers = sample(model, [ids for _, ids in kept], config.max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id,
+    answers = sample(model, [ids for _, ids in kept], config.max_new_tokens, family.end_ids(tokenizer), tokenizer.pad_token_id,
                      config.temperature, seed=config.seed)
     rows = [dict(step=step, prompt=r.prompt, answer=tokenizer.decode(a)) for (r, _), a in zip(kept, answers)]
     return [row | ({"gold": gold(row["prompt"], row["answer"])} if applies(row["prompt"]) else {}) for row in rows]

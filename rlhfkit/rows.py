@@ -32,10 +32,15 @@ def data_hash(path):
 
 
 def text_rows(records, family, tokenizer, max_length):
-    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token lost."""
+    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token lost.
+    Families that read both ways (GLM) learn to fill blanks: a piece's beginning is read, its end or a span of it written."""
     def pieces(record):
-        ids = family.encode_text(tokenizer, text_of(record))
-        return [dict(input_ids=ids[i:i + max_length], labels=ids[i:i + max_length]) for i in range(0, len(ids), max_length)]
+        read, ids = family.encode_text(tokenizer, text_of(record))
+        room, made = max_length - len(read) - (2 if family.blank else 0), []
+        for start in range(0, len(ids), room):
+            head, part = family.blank(tokenizer, ids[start:start + room]) if family.blank else (read, ids[start:start + room])
+            made.append(dict(input_ids=head + part, labels=[IGNORE] * len(head) + part))
+        return made
     rows, rejected = _rows(records, pieces)
     return pack(rows, max_length), rejected
 

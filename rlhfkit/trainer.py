@@ -112,8 +112,10 @@ def merged(model, ids):
     return model
 
 
-def arguments(config):
-    """Keywords of HF's TrainingArguments (and TRL's configs) for a run."""
+def arguments(config, rows):
+    """Keywords of HF's TrainingArguments (and TRL's configs) for a run on `rows`. An epoch's incomplete last batch is left out: over several
+    processes it would be filled up with rows that one process does not see."""
+    together = config.batch_size * world_size()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(config.output_dir, "tensorboard"))
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1 or config.zero_stage > 0
     return dict(
@@ -123,6 +125,7 @@ def arguments(config):
         num_train_epochs=config.num_epochs, max_steps=config.max_steps or -1, warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         bf16=config.dtype == ("bfloat16" if distributed else "mixed"), fp16=distributed and config.dtype == "float16",
+        dataloader_drop_last=len(rows) >= together,
         gradient_checkpointing=config.gradient_checkpointing, logging_steps=config.logging_steps, disable_tqdm=True,
         save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 500, save_total_limit=config.save_total_limit,
         eval_strategy="no", report_to=config.report_to, remove_unused_columns=False, use_cpu=device().type == "cpu",

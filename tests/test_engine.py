@@ -175,7 +175,7 @@ def test_deepspeed_s_dict_agrees_with_the_arguments_of_hf_s_trainer(dtype):
                 bf16_full_eval=False)
     try:
         theirs = HfTrainerDeepSpeedConfig(deepspeed_config(config, trainer=True))
-        theirs.trainer_config_process(SimpleNamespace(**arguments(config), **rest))
+        theirs.trainer_config_process(SimpleNamespace(**arguments(config, []), **rest))
     finally:
         unset_hf_deepspeed_config()                 # making one tells transformers that DeepSpeed is at work
     assert theirs.mismatches == []

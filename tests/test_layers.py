@@ -7,7 +7,7 @@ from conftest import PROJECT
 LIBRARY = PROJECT / "rlhfkit"
 LAYERS = {
     0: "records sources tasks samples",
-    1: "families models tokenizers",
+    1: "families encodings miniature models tokenizers",
     2: "rows configs zero engine saving rl rollout health memory trainer",
     3: "stages",
     4: "launcher bench evaluation plots",

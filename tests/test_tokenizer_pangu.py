@@ -161,6 +161,6 @@ def test_patches_and_user_words_in_jieba_do_not_move_an_id(tokenizer):
 
 
 def test_jieba_writes_nothing_to_stderr():
-    code = "from rlhfkit.tokenizers import pangu; pangu._words('今天天气好'); pangu.patch_jieba()"
+    code = "from rlhfkit.tokenizers import pangu; pangu.join_words(['今天天气好']); pangu.patch_jieba()"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

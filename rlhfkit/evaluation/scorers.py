@@ -14,7 +14,6 @@ import torch
 from rlhfkit.engine import device
 from rlhfkit.families import family_of, load_model, load_tokenizer
 from rlhfkit.models import value
-from rlhfkit.records import Record
 from rlhfkit.rollout import sample
 from rlhfkit.rows import pad, text_of
 
@@ -55,8 +54,8 @@ def loglikelihoods(model, requests, batch_tokens=BATCH_TOKENS):
 def perplexity(model, records):
     """Table of held-out perplexity: source, perplexity, tokens, characters, nats_per_character; the total first.
 
-    model: a path or a (model, tokenizer) pair. A record's text is prompt, prefix and best answer; every token but the
-    first is predicted once, in windows of the model's positions. Perplexities of models with different tokenizers do
+    model: a path or a (model, tokenizer) pair. A record's text is prompt, prefix and best answer; every token
+    is predicted once, in windows of the model's positions that each have the family's beginning. Perplexities of models with different tokenizers do
     not compare; nats a character do.
     """
     reader, records, requests, owners = open_model(model), list(records), [], []
@@ -65,10 +64,11 @@ def perplexity(model, records):
     if not records:
         raise ValueError("records is empty; there is no text to measure")
     for number, record in enumerate(records):
-        ids = reader.family.encode_text(reader.tokenizer, text_of(record))
-        for start in range(0, len(ids) - 1, reader.positions):
-            window = ids[start:start + reader.positions + 1]
-            requests.append((window[:1], window[1:]))
+        read, ids = reader.family.encode_text(reader.tokenizer, text_of(record))
+        read, ids = (read, ids) if read else (ids[:1], ids[1:])             # without a beginning the first token is not predicted
+        room = reader.positions - len(read) + 1
+        for start in range(0, len(ids), room):
+            requests.append((read, ids[start:start + room]))
             owners.append(number)
     rows = [dict(source=r.source, characters=len(text_of(r)), tokens=0, nats=0.0) for r in records]
     for owner, (_, window), logp in zip(owners, requests, loglikelihoods(reader.model, requests)):
@@ -126,9 +126,8 @@ class TokenModel:
         """Records -> (answers, the prompts as the model saw them); temperature 0 is greedy."""
         fitted = [self._fit(record, (), max_new_tokens) for record in records]
         order = sorted(range(len(fitted)), key=lambda i: len(fitted[i][1]))
-        end_id = self.family.encode(self.tokenizer, Record("问"), "答")[1][-1]
         longest = len(fitted[order[-1]][1]) + max_new_tokens
-        rows = sample(self.model, [fitted[i][1] for i in order], max_new_tokens, [end_id], self.tokenizer.pad_token_id,
+        rows = sample(self.model, [fitted[i][1] for i in order], max_new_tokens, self.family.end_ids(self.tokenizer), self.tokenizer.pad_token_id,
                       temperature, batch_size=max(1, BATCH_TOKENS // longest))
         answers = {i: self.tokenizer.decode(row) for i, row in zip(order, rows)}
         return [answers[i] for i in range(len(fitted))], [prompt for prompt, _, _ in fitted]

@@ -26,6 +26,7 @@ class RewardModel(PreTrainedModel):
     def __init__(self, config, transformer=None):
         super().__init__(config)
         self.transformer = AutoModel.from_config(config) if transformer is None else transformer
+        self._keys_to_ignore_on_load_unexpected = self.transformer._keys_to_ignore_on_load_unexpected
         self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 

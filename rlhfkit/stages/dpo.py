@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from rlhfkit.engine import device, mean_over, world_size
+from rlhfkit.engine import device, gather_list, mean_over, rank, world_size
 from rlhfkit.rl import token_logps
 from rlhfkit.rollout import answer_samples, sample_metrics
 from rlhfkit.rows import pad, pair_rows
@@ -27,12 +27,11 @@ def run(config):
     answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
     measure = partial(pair_figures, pad_id=tokenizer.pad_token_id, beta=config.beta)
-    for start in range(0, len(dev), config.batch_size):
-        batch = dev[start:start + config.batch_size]
-        for row, reference in zip(batch, pair_logps(model.to(device()).eval(), batch, tokenizer.pad_token_id).tolist()):
-            row["reference"] = reference
-    args = DPOConfig(**arguments(config), beta=config.beta, max_length=None, precompute_ref_log_probs=True, disable_dropout=True)
-    columns = [{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in rows]
+    add_reference(model.to(device()).eval(), rows, config.batch_size, tokenizer.pad_token_id)
+    add_reference(model, dev, config.batch_size, tokenizer.pad_token_id)
+    args = DPOConfig(**arguments(config, rows), beta=config.beta, max_length=None, precompute_ref_log_probs=True, disable_dropout=True)
+    columns = [{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")}
+               | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), r["reference"])) for r in rows]
     trainer = RowTrainer(model=model, args=args, train_dataset=Dataset.from_list(columns), processing_class=tokenizer)
     judge = (lambda model: mean_over(dev, config.batch_size, partial(measure, model))) if dev else None
     result = train(config, trainer, tokenizer, judge)
@@ -42,10 +41,24 @@ def run(config):
 
 
 class RowTrainer(DPOTrainer):
-    """TRL's trainer on rows that are ids already."""
+    """TRL's trainer on rows that are ids already and carry their reference log-probs; its own way through a cache file does not work with
+    several processes and a dataset from memory."""
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
+
+    def _precompute_ref_logps(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def add_reference(model, rows, batch_size, pad_id):
+    """Give each row `reference`, the model's log-probs of its two answers; each process asks about a share of them."""
+    mine, found = list(range(rank(), len(rows), world_size())), []
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start:start + batch_size]
+        found += zip(batch, pair_logps(model, [rows[i] for i in batch], pad_id).tolist())
+    for i, reference in gather_list(found):
+        rows[i]["reference"] = reference
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class PPOTrainer:
     def __init__(self, config):
         self.config = config
         model, self.tokenizer, self.family = prepare(config)
+        self.end_ids = self.family.end_ids(self.tokenizer)
         room = config.max_length - config.max_new_tokens
         self.rows, self.dev, _ = rows_for(config, lambda records: prompt_rows(records, self.family, self.tokenizer, room))
         self.per_step = config.batch_size * world_size()
@@ -117,12 +118,12 @@ class PPOTrainer:
 
     def _sample(self, prompts, seeds):
         config = self.config
-        return rollout(self.actor.model, [row["prompt_ids"] for row in prompts], config.max_new_tokens, [self.tokenizer.eos_token_id],
+        return rollout(self.actor.model, [row["prompt_ids"] for row in prompts], config.max_new_tokens, self.end_ids,
                        self.tokenizer.pad_token_id, seeds, config.temperature, config.top_k, config.top_p, synced=config.zero_stage == 3)
 
     def _score(self, prompts, answers):
         """Log-probs, values and scores of the sampled ids, by the modules that train."""
-        end, config = self.tokenizer.eos_token_id, self.config
+        (end, *_), config = self.end_ids, self.config
         rows = [row["prompt_ids"] + answer for row, answer in zip(prompts, answers)]
         ids, mask = pad(rows, self.tokenizer.pad_token_id).to(device()), pad([[1] * len(r) for r in rows], 0).to(device())
         answer = pad([[0] * (len(p["prompt_ids"]) - 1) + [1] * len(a) for p, a in zip(prompts, answers)], 0, ids.shape[1] - 1).to(device())
@@ -215,7 +216,7 @@ class PPOTrainer:
 
     def judge(self, step):
         """Answers to the held-out prompts, with the same noise each time: mean score, gold score where the judge's rules apply, length."""
-        end, pad_id, totals = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, torch.zeros(5)
+        (end, *_), pad_id, totals = self.end_ids, self.tokenizer.pad_token_id, torch.zeros(5)
         for start in range(0, len(self.dev), 64 * world_size()):
             mine = range(start + rank(), min(start + 64 * world_size(), len(self.dev)), world_size())
             part = [self.dev[i] for i in mine or [0]]                   # sharded weights: all processes take part

@@ -19,7 +19,7 @@ def run(config):
     model, tokenizer, family = prepare(config, partial(RewardModel.from_causal, seed=config.seed))
     rows, dev, _ = rows_for(config, lambda records: reward_rows(records, family, tokenizer, config.max_length))
     batches = partial(collate_answers, pad_id=tokenizer.pad_token_id)
-    trainer = PairTrainer(model=model, args=TrainingArguments(**arguments(config)),
+    trainer = PairTrainer(model=model, args=TrainingArguments(**arguments(config, rows)),
                           train_dataset=rows, data_collator=batches)
 
     def measure(model, rows):

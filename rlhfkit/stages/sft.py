@@ -17,7 +17,7 @@ def run(config):
         records, family, tokenizer, config.max_length, config.packing))
     answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
-    trainer = Trainer(model=model, args=TrainingArguments(**arguments(config)), train_dataset=rows,
+    trainer = Trainer(model=model, args=TrainingArguments(**arguments(config, rows)), train_dataset=rows,
                       data_collator=partial(collate, pad_id=tokenizer.pad_token_id))
     result = train(config, trainer, tokenizer, loss_judge(config, dev, tokenizer.pad_token_id))
     result.samples = before + answers(trainer.model, step=trainer.state.global_step)

@@ -1,24 +1,25 @@
-"""Pangu's tokenizer: jieba words, each encoded by sentencepiece on its own, with the ids of the 2023 tokenizer.
+"""Pangu's tokenizer: jieba's words, each encoded by sentencepiece on its own, with the ids of the 2023 tokenizer.
 
 Special tokens are cut out of the text before jieba sees it, so jieba's source needs no edit as it did in 2023, and user
 words or patches in jieba's shared state cannot move an id. `</s>`, `<mask>`, `<eod>` in a text are plain, as then.
 """
-import functools
 import io
-import logging
 import os
 import re
+from itertools import chain
 from pathlib import Path
 
 import jieba
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+from rlhfkit.tokenizers.segmenter import BLOCK, join_words, loaded
+from rlhfkit.tokenizers.spread import batches, encode, tokens_in
+
 VOCAB_FILE = "vocab.model"
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "<eot>", "pad_token": "<pad>", "unk_token": "<unk>",
                   "sep_token": "<sep>"}
-_TO_VISIBLE, _FROM_VISIBLE = str.maketrans(" \n", "▂▃"), str.maketrans("▂▃", " \n", " ")
-_HAN, _SKIP = jieba.re_han_default, jieba.re_skip_default      # held here: patch_jieba() replaces jieba's own
+_FROM_VISIBLE = str.maketrans("▂▃", " \n", " ")
 
 
 class PanguTokenizer(PreTrainedTokenizer):
@@ -33,15 +34,13 @@ class PanguTokenizer(PreTrainedTokenizer):
         self._pieces = {self.sp.id_to_piece(i): i for i in range(len(self.sp))}    # super().__init__ asks for them
         super().__init__(**(SPECIAL_TOKENS | kwargs))
 
-    def encode_texts(self, texts):
-        """texts: list of str -> list of list of ids without `<s>` and `<eot>`, in one sentencepiece call.
+    def encode_texts(self, texts, num_proc=1):
+        """texts: list of str -> list of list of ids without `<s>` and `<eot>`, in the order of the texts.
 
         The same ids as `encode(text, add_special_tokens=False)` for each text, without transformers' work per call.
+        `num_proc` processes share the work; they start in half a second and pay from some million characters on.
         """
-        whole = self._added_tokens_encoder
-        rows = [_split(text, whole) for text in texts]
-        ids = iter(self.sp.encode([_words(part) for row in rows for part in row if part not in whole], num_threads=1))
-        return [[i for part in row for i in ([whole[part]] if part in whole else next(ids))] for row in rows]
+        return encode(self.sp, self._added_tokens_encoder, texts, num_proc)
 
     @property
     def vocab_size(self):
@@ -70,7 +69,7 @@ class PanguTokenizer(PreTrainedTokenizer):
         return (str(path),)
 
     def _tokenize(self, text, **kwargs):
-        return self.sp.encode(_words(text), out_type=str)
+        return self.sp.encode(join_words([text])[0], out_type=str)
 
     def _convert_token_to_id(self, token):
         return self._pieces.get(token, self.sp.unk_id())
@@ -87,11 +86,11 @@ def train_vocab(texts, folder, vocab_size):
     stay as they are (the published model makes full-width signs half-width). Equal texts give equal bytes.
     Raises ValueError when the distinct characters of the texts alone are more than `vocab_size`.
     """
-    parts = (part for text in texts for part in _split(text, SPECIAL_TOKENS.values()))
+    parts = (part for text in texts for part in tokens_in(SPECIAL_TOKENS.values()).split(text) if part)
     model = io.BytesIO()                                        # a file's name would be stored in the model's bytes
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(_words(part) for part in parts), model_writer=model, model_type="unigram",
+            sentence_iterator=chain.from_iterable(map(join_words, batches(parts))), model_writer=model, model_type="unigram",
             vocab_size=vocab_size, hard_vocab_limit=False, num_threads=1, normalization_rule_name="identity",
             character_coverage=1.0, max_sentence_length=1 << 24, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
             user_defined_symbols=["▃", "▂", "<sep>", "<pad>", "<mask>", "<eod>", "<eot>"])
@@ -112,7 +111,7 @@ def patch_jieba():
     """
     if _undo:
         return
-    _quiet(jieba.dt).check_initialized()
+    loaded(jieba.dt)
     tokens = ("</s>", *SPECIAL_TOKENS.values())
     prefixes = {token[:end] for token in tokens for end in range(1, len(token) + 1)}
     _undo.update(regex=jieba.re_han_default, counts={prefix: jieba.dt.FREQ.get(prefix) for prefix in prefixes})
@@ -120,7 +119,7 @@ def patch_jieba():
     for token in tokens:
         jieba.dt.add_word(token)
     _undo["added"] = jieba.dt.total - total
-    jieba.re_han_default = re.compile("(" + "|".join(map(re.escape, tokens)) + "|" + _HAN.pattern[1:])
+    jieba.re_han_default = re.compile("(" + "|".join(map(re.escape, tokens)) + "|" + BLOCK.pattern[1:])
 
 
 def unpatch_jieba():
@@ -138,36 +137,3 @@ def unpatch_jieba():
 
 
 _undo = {}
-
-
-def _split(text, whole):
-    """Cut text at the tokens that stay whole -> its parts in order, those tokens included, none empty."""
-    pattern = "|".join(re.escape(token) for token in sorted(whole, key=len, reverse=True))
-    return [part for part in re.split(f"({pattern})", text) if part]
-
-
-def _words(text):
-    """jieba's words of a text, joined by single spaces: sentencepiece then never merges across words."""
-    return " ".join(_cut(text.translate(_TO_VISIBLE)))
-
-
-def _cut(text):
-    """jieba.Tokenizer.cut with the class of characters held here: jieba's is a module variable, open to patches."""
-    cut_block = _segmenter()._Tokenizer__cut_DAG
-    for block in _HAN.split(text):
-        if _HAN.match(block):
-            yield from cut_block(block)
-        else:
-            for part in _SKIP.split(block):
-                yield from [part] if _SKIP.match(part) else part
-
-
-@functools.cache
-def _segmenter():
-    """A dictionary of our own, loaded at the first text (0.5 s): jieba's shared one may hold user words."""
-    return _quiet(jieba.Tokenizer())
-
-
-def _quiet(segmenter):
-    jieba.setLogLevel(logging.ERROR)      # it writes three lines to stderr while its dictionary loads
-    return segmenter
