@@ -23,7 +23,7 @@ _HOME = {
     "memory": "will_it_fit",
     "tasks": "Task TASKS",
     "evaluation": "evaluate perplexity compare report_card score",
-    "bench": "sweep",
+    "bench": "sweep time_steps",
     "plots": "plot_history plot_margins plot_scores plot_memory",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from rlhfkit import encodings
@@ -66,6 +66,7 @@ FAMILIES = {family.name: family for family in (
     Family("chatglm3", encodings.encode_chatglm3, encodings.text_chatglm2, (*ATTENTION, "gate_up_proj", "down_proj"), ChatGLM3Tokenizer,
            originals.chatglm2_config, layouts.CHATGLM2),
     Family("baichuan", encodings.encode_plain, encodings.text_bos, LLAMA_LIKE, BaichuanTokenizer, originals.baichuan_config, layouts.BAICHUAN),
+    Family("internlm", encodings.encode_plain, encodings.text_bos, LLAMA_LIKE, BaichuanTokenizer, originals.internlm_config),
     Family("qwen", encodings.encode_qwen, encodings.text_qwen, LLAMA_LIKE, QwenTokenizer, originals.qwen_config, layouts.QWEN,
            end="<|im_end|>"),
 )}
@@ -109,8 +110,8 @@ def load_config(path, family=None):
     return config
 
 
-def load_model(path, family=None, dtype=None):
-    """The causal language model of a folder, in eval mode; dtype: float32 (default), bfloat16, float16.
+def load_model(path, family=None, dtype=None, device="cpu"):
+    """The causal language model of a folder, in eval mode; dtype: float32 (default), bfloat16, float16. (T5 is loaded too, for `rk.time_steps`.)
     Raises ValueError for weights that are damaged, missing or left over; the reward model of a folder is `rk.score`'s to load."""
     folder = _folder(path)
     family = _family(folder, family)
@@ -119,12 +120,18 @@ def load_model(path, family=None, dtype=None):
     if not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
         raise FileNotFoundError(f"{folder} has a config.json but no weights; expected {' or '.join(WEIGHTS)}")
     given = dict(dtype=DTYPES[dtype or "float32"], output_loading_info=True, ignore_mismatched_sizes=True)      # check_keys names them
+    if str(device) != "cpu":
+        given["device_map"] = {"": str(device)}             # each tensor goes there from its file
     try:
         if family.config is None:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, config=load_config(folder), trust_remote_code=False, **given)
+            config = load_config(folder)
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model, info = kind.from_pretrained(folder, config=config, trust_remote_code=False, **given)
         else:
             config = load_config(folder, family)
             weights = layouts.to_ours(layouts.read_weights(folder), family.table, config, originals.has_normed_head(_read_config(folder)))
+            if "device_map" in given:           # the host would convert at a third of the speed
+                given["dtype"] = next((t.dtype for t in weights.values() if t.is_floating_point()), given["dtype"])
             model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=weights, **given)
     except Exception as error:
         if isinstance(error, (OSError, ValueError, RuntimeError)) or "Safetensor" in type(error).__name__:
@@ -132,6 +139,9 @@ def load_model(path, family=None, dtype=None):
         raise
     check_keys(folder, info)
     model.config._name_or_path = str(folder)
+    for p in model.parameters():                # buffers stay as their classes made them
+        p.data = p.data.to(DTYPES[dtype or "float32"])
+    model.config.dtype = DTYPES[dtype or "float32"]
     return model.eval()
 
 

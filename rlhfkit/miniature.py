@@ -71,6 +71,6 @@ def _config(family, tokenizer, size, layers):
         "pangu": both | dict(num_layers=layers, num_heads=4),
         "glm": prefix | dict(sop_token_id=tokenizer.convert_tokens_to_ids("<|startofpiece|>"), eos_token_id=ids["eop"],
                              smask_token_id=ids["smask"]),
-        "chatglm": prefix | dict(inner_hidden_size=4 * size), "chatglm2": chatglm2, "chatglm3": chatglm2, "baichuan": llama,
+        "chatglm": prefix | dict(inner_hidden_size=4 * size), "chatglm2": chatglm2, "chatglm3": chatglm2, "baichuan": llama, "internlm": llama,
         "qwen": llama | dict(intermediate_size=8 * size, seq_length=1024)}[family]
     return FAMILIES[family].config(raw)

@@ -27,7 +27,7 @@ def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, t
                                     ("max_new_tokens", max_new_tokens, "> 0", max_new_tokens > 0)):
         if not good:
             raise ValueError(f"{name} is {value}; it must be {rule}; leave it out for its default")
-    model, tokenizer, family = load_model(model_path).to(device()), load_tokenizer(model_path), family_of(model_path)
+    model, tokenizer, family = load_model(model_path, device=device()), load_tokenizer(model_path), family_of(model_path)
     check_vocabulary(model, tokenizer)
     records = [p if isinstance(p, Record) else Record(prompt=p) for p in prompts]
     room = getattr(model.config, "max_position_embeddings", None)

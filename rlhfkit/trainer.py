@@ -37,6 +37,9 @@ def prepare(config, wrap=None):
     warnings.filterwarnings("ignore", message="IProgress not found")
     family = family_of(config.model_path)
     model = load_model(config.model_path, dtype=config.dtype)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{config.model_path} holds a {model.config.model_type} model, an encoder and a decoder; the stages train causal models: "
+                         "give one of those; rk.time_steps measures this one")
     tokenizer = load_tokenizer(config.model_path)
     check_length(model, config.max_length)
     check_vocabulary(model, tokenizer)

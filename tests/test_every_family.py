@@ -18,9 +18,9 @@ from rlhfkit.models.value import RewardModel, load_reward_model, score
 from rlhfkit.rows import collate, pack, pad, text_rows
 
 NAMES = [*rk.FAMILIES, "baichuan_13b", "llama"]
-NATIVE = ["chatglm2", "chatglm3", "baichuan", "llama"]              # transformers' own classes
+NATIVE = ["chatglm2", "chatglm3", "baichuan", "internlm", "llama"]              # transformers' own classes
 CLASSES = dict(zip(NAMES, ("PanguForCausalLM", "GlmV1ForCausalLM", "ChatGLMForCausalLM", "GlmForCausalLM", "GlmForCausalLM", "LlamaForCausalLM",
-                           "QwenForCausalLM", "BaichuanForCausalLM", "LlamaForCausalLM")))
+                           "LlamaForCausalLM", "QwenForCausalLM", "BaichuanForCausalLM", "LlamaForCausalLM")))
 RECORDS = [rk.Record(f"上联：{a}", (rk.Answer(b, 1), rk.Answer(c, 0)), "下联：") for a, b, c in (
     ("晚风", "晨露", "绿水白"), ("春风迎细雨", "明月照青山", "明月青山"), ("小溪", "高岭", "山"), ("悠悠白云", "淡淡秋月", "秋"))]
 supports = pytest.mark.supports         # (column)

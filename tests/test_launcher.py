@@ -130,10 +130,10 @@ def running(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_ppo_on_two_processes_samples_and_learns_what_one_does(zero_stage, tiny_path, data, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(PROJECT)
-    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.syspath_prepend(PROJECT / "tests")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT / "tests"))
     common = dict(max_length=64, max_new_tokens=6, learning_rate=1e-4, max_steps=3, logging_steps=1, report_to="none", critic="actor",
-                  reward_function="tests.test_launcher:length_of_answers", samples=0)
+                  reward_function="test_launcher:length_of_answers", samples=0)
     one = rk.launch(rk.PPO(tiny_path, data, tmp_path / "one", batch_size=8, mini_batch_size=4, **common))
     two = rk.launch(rk.PPO(tiny_path, data, tmp_path / "two", batch_size=4, mini_batch_size=2, zero_stage=zero_stage, **common), num_processes=2)
     for ours, theirs in zip(two.history, one.history):

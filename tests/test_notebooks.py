@@ -20,7 +20,7 @@ import rlhfkit as rk
 FOLDER = PROJECT / "notebooks"
 NAMES = ["00_tour", "01_data", "02_pretrain", "03_sft", "04_reward", "05_ppo", "06_dpo", "07_evaluate", "08_benchmark"]
 STAGES = {"02_pretrain": rk.Pretrain, "03_sft": rk.SFT, "04_reward": rk.Reward, "05_ppo": rk.PPO, "06_dpo": rk.DPO}
-NOTEBOOK_ONLY = {"num_processes", "hostfile", "tiny_path", "vocab_path", "ppo_path", "judged_path",
+NOTEBOOK_ONLY = {"num_processes", "hostfile", "tiny_path", "family", "vocab_path", "ppo_path", "judged_path",
                  "judged_prompts", "answers_per_prompt", "max_new_tokens", "temperature"}         # no field of a config
 KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 ABSOLUTE = re.compile(r"""(?:^|[\s"'(=>])(/(?:home|root|tmp|usr|opt|work|mnt|data|Users|private|var)/[^\s"']*)""")

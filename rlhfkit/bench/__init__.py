@@ -1,4 +1,5 @@
-"""Speed and memory: a run for each combination of fields, each in processes of its own."""
+"""Measuring runs: a sweep over the fields of a config, timed steps of any model."""
+from rlhfkit.bench.steps import time_steps
 from rlhfkit.bench.sweep import sweep
 
-__all__ = ["sweep"]
+__all__ = ["sweep", "time_steps"]

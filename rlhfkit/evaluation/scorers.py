@@ -100,7 +100,7 @@ def score(reward_path, records):
 def open_model(model):
     """A path, a (model, tokenizer) pair, or an object that takes strings -> what `rank` and `answer` are asked of."""
     if isinstance(model, (str, os.PathLike)):
-        return TokenModel(load_model(model).to(device()), load_tokenizer(model))
+        return TokenModel(load_model(model, device=device()), load_tokenizer(model))
     if isinstance(model, (tuple, list)) and len(model) == 2:
         return TokenModel(*model)
     if hasattr(model, "loglikelihoods") or (hasattr(model, "generate") and not hasattr(model, "config")):

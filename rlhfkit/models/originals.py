@@ -26,7 +26,7 @@ def original_family(raw):
         if "inner_hidden_size" in raw or raw.get("position_encoding_2d"):
             return "chatglm"
         return "chatglm3" if _is_chatglm3(raw) else "chatglm2"
-    return kind if kind in ("baichuan", "qwen") else ""
+    return kind if kind in ("baichuan", "internlm", "qwen") else ""
 
 
 def pangu_config(raw):
@@ -62,6 +62,12 @@ def baichuan_config(raw):
     if "max_position_embeddings" in raw:
         return LlamaConfig(**fields, max_position_embeddings=raw["max_position_embeddings"])
     return BaichuanConfig(**fields, max_position_embeddings=raw.get("model_max_length", 4096))
+
+
+def internlm_config(raw):
+    """InternLM-7B and 20B of 2023: Llama whose attention has biases; the tensors have Llama's names."""
+    fields = {name: raw[name] for name in (*SHARED, "max_position_embeddings") if name in raw}
+    return LlamaConfig(**fields, attention_bias=raw.get("bias", True), tie_word_embeddings=False)
 
 
 def has_normed_head(raw):

@@ -73,7 +73,7 @@ class PPOTrainer:
         inner = config.ppo_epochs * math.ceil(config.batch_size * config.answers_per_prompt / self.mini)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self.reference = None if config.lora_rank else load_model(config.model_path, dtype=config.dtype).to(device())
+        self.reference = None if config.lora_rank else load_model(config.model_path, dtype=config.dtype, device=device())
         self.rewards = Rewards(config, self.tokenizer)
         critic = self._critic()
         self.actor = Engine(model, config, config.learning_rate, self.total_steps * inner)
