@@ -150,7 +150,7 @@ def check_keys(folder, info):
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(k) for k in info.get(what) or ())
         if names:
-            raise ValueError(f"{folder}: {len(names)} {what.replace('_', ' ')}, first {', '.join(names[:3])}; the weights and config.json "
+            raise ValueError(f"{folder}: {len(names)} {what.replace('_', ' ')}, first {', '.join(names[:5])}; the weights and config.json "
                              "do not belong together, or a file is missing: copy the folder again")
 
 

@@ -142,7 +142,12 @@ def train(config, trainer, tokenizer, judge=None, samples=()):
     trainer.add_callback(log)
     start = time.perf_counter()
     checkpoint = newest_checkpoint(config.output_dir, "trainer_state.json") if config.resume else None
+    holders = trainer.model.config, getattr(trainer.model, "generation_config", None)
+    own = [(holder, name, getattr(holder, name)) for holder in holders for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+           if hasattr(holder, name)]
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for holder, name, value in own:             # HF's trainer puts the tokenizer's there, and GLM's answers end with another token
+        setattr(holder, name, value)
     save(config, trainer, tokenizer)
     metrics = log.metrics | speed(config, log.history, trainer.train_dataset) | {
         "seconds": time.perf_counter() - start, "steps": trainer.state.global_step}

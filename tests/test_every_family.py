@@ -23,7 +23,7 @@ CLASSES = dict(zip(NAMES, ("PanguForCausalLM", "GlmV1ForCausalLM", "ChatGLMForCa
                            "LlamaForCausalLM", "QwenForCausalLM", "BaichuanForCausalLM", "LlamaForCausalLM")))
 RECORDS = [rk.Record(f"上联：{a}", (rk.Answer(b, 1), rk.Answer(c, 0)), "下联：") for a, b, c in (
     ("晚风", "晨露", "绿水白"), ("春风迎细雨", "明月照青山", "明月青山"), ("小溪", "高岭", "山"), ("悠悠白云", "淡淡秋月", "秋"))]
-supports = pytest.mark.supports         # (column)
+supports = pytest.mark.supports
 
 
 @pytest.fixture(scope="session")

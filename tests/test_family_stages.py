@@ -1,5 +1,6 @@
 """Every family through every stage: each learns something on tiny models, and the policy it leaves is a folder of its family."""
 import pytest
+import torch
 from test_every_family import NAMES, family_paths  # noqa: F401  a fixture
 
 import rlhfkit as rk
@@ -24,6 +25,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.supports("pretrain", "SFT", "reward", "DPO", "PPO", "evaluate")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_passes_through_all_stages_and_learns(name, family_paths, data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.syspath_prepend(str(__file__).rsplit("/", 1)[0])
@@ -46,3 +48,19 @@ def test_a_family_passes_through_all_stages_and_learns(name, family_paths, data,
     table = rk.evaluate(tmp_path / "ppo", ["couplets", "ocnli", "ceval"], limit=4)
     assert set(table.task) >= {"couplets", "ocnli", "ceval"} and table.score.between(0, 1).all()
     assert rk.family_of(tmp_path / "ppo").name == rk.family_of(family_paths(name)).name
+    assert rk.load_model(tmp_path / "dpo").config.eos_token_id == rk.load_model(family_paths(name)).config.eos_token_id
+
+
+@pytest.mark.slow
+@pytest.mark.supports("ZeRO-3")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU: two workers need two, or none")
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_shared_out_over_two_processes_learn_what_one_does(name, family_paths, data, tmp_path):  # noqa: F811
+    common = dict(max_length=96, learning_rate=1e-3, max_steps=2, logging_steps=1, report_to="none", samples=0)
+    one = rk.launch(rk.SFT(family_paths(name), data, tmp_path / "one", batch_size=8, **common))
+    two = rk.launch(rk.SFT(family_paths(name), data, tmp_path / "two", batch_size=4, zero_stage=3, **common), num_processes=2)
+    assert two.metrics["eval_loss"] == pytest.approx(one.metrics["eval_loss"], abs=1e-4)
+    before, after = (dict(rk.load_model(tmp_path / run).named_parameters()) for run in ("one", "two"))
+    assert before.keys() == after.keys()
+    for key, weight in before.items():
+        torch.testing.assert_close(after[key], weight, atol=1e-4, rtol=0, msg=key)

@@ -14,9 +14,10 @@ from rlhfkit.models.value import RewardModel
 FIXTURES = ["pangu", "glm", "chatglm", "chatglm2", "chatglm3", "baichuan_7b", "baichuan_13b", "qwen"]
 
 
+@pytest.mark.supports("parity")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_published_folder_gives_the_logits_of_the_original_implementation(name, attention, shared):
+def test_a_published_folder_gives_the_logits_of_the_original_implementation(name, attention, shared, record_property):
     """1e-4 would be too loose: ChatGLM with the other GELU is within 4.3e-5."""
     folder = shared / "fixtures/models" / name
     model, cases = rk.load_model(folder), load_file(folder / "cases.safetensors")
@@ -28,6 +29,7 @@ def test_a_published_folder_gives_the_logits_of_the_original_implementation(name
         with torch.no_grad():
             difference = (model(**given, use_cache=False).logits - expected).abs().amax(-1)
         attended = mask.bool() if mask is not None and mask.ndim == 2 else torch.ones_like(difference, dtype=torch.bool)
+        record_property("parity", float(difference[attended].max()))
         assert float(difference[attended].max()) < 1e-5, case
 
 

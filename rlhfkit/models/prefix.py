@@ -17,7 +17,7 @@ def prefix_layout(input_ids, attention_mask, position_ids, start_id, mask_ids, c
     positions[:, 0]: the token's count in the context, then the place of the mask token (without one, of the context's last
     token); positions[:, 1]: 0 in the context, then 1, 2, … from the start token on. `mask_ids`: groups, the preferred one
     first; the first token of the group counts. `counting`: a context without mask token, or with one of the first group, is
-    simply counted on. `keep`: True where attended. Only the last `queries` tokens are returned. Verified: models.md, 8.
+    simply counted on. `keep`: True where attended. Only the last `queries` tokens are returned.
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)                   # (B, L)
     attended = attention_mask.bool() if attention_mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
