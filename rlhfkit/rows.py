@@ -11,6 +11,7 @@ import torch
 
 from rlhfkit.records import Record, pairs, read_records
 
+AT_ONCE = 10_000        # records whose texts are tokenised together
 IGNORE = -100           # the label that torch's cross-entropy leaves out
 
 
@@ -41,7 +42,7 @@ def text_rows(records, family, tokenizer, max_length):
             head, part = family.blank(tokenizer, ids[start:start + room]) if family.blank else (read, ids[start:start + room])
             made.append(dict(input_ids=head + part, labels=[IGNORE] * len(head) + part))
         return made
-    rows, rejected = _rows(records, pieces)
+    rows, rejected = _rows(records, pieces, tokenizer, lambda record: [text_of(record)])
     return pack(rows, max_length), rejected
 
 
@@ -77,7 +78,7 @@ def sft_rows(records, family, tokenizer, max_length, packing=False):
             raise ValueError("no answer")
         prompt, answer = family.encode(tokenizer, record, record.answers[0].text, max_length)
         return dict(input_ids=prompt + answer, labels=[IGNORE] * len(prompt) + answer)
-    rows, rejected = _rows(records, row)
+    rows, rejected = _rows(records, row, tokenizer, lambda record: _asked(record)[:4])
     return (pack(rows, max_length) if packing else rows), rejected
 
 
@@ -90,7 +91,7 @@ def reward_rows(records, family, tokenizer, max_length):
         prompt, _ = family.encode(tokenizer, record, record.answers[_longest(answers)].text, max_length)
         return dict(answers=[prompt + ids for ids in answers],
                     scores=[a.score for a in record.answers])
-    return _rows(records, row)
+    return _rows(records, row, tokenizer, _asked)
 
 
 def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0):
@@ -107,12 +108,13 @@ def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0
             prompt, _ = family.encode(tokenizer, record, (chosen, rejected)[_longest(sides)].text, max_length)
             made.append(dict(prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1]))
         return made
-    return _rows(records, row)
+    return _rows(records, row, tokenizer, _asked)
 
 
 def prompt_rows(records, family, tokenizer, max_length):
     """Prompts for generation: `prompt_ids`, at most max_length of them -> (rows, set aside); the record rides along."""
-    return _rows(records, lambda r: dict(prompt_ids=family.encode(tokenizer, r, None, max_length)[0], record=r))
+    return _rows(records, lambda r: dict(prompt_ids=family.encode(tokenizer, r, None, max_length)[0], record=r), tokenizer,
+                 lambda record: _asked(record)[:3])
 
 
 def collate(rows, pad_id, side="right"):
@@ -169,15 +171,28 @@ def _longest(lists):
     return max(range(len(lists)), key=lambda i: len(lists[i]))
 
 
-def _rows(records, build):
+def _rows(records, build, tokenizer, texts):
+    """`build(record)` for each -> (rows, set aside). texts: record -> the texts that it will ask `tokenizer` for, which are then tokenised
+    many at a time where the tokenizer can (Pangu's is ten times as fast so)."""
     rows, rejected = [], []
-    for i, record in enumerate(records):
-        try:
-            made = build(record)
-        except ValueError as error:
-            rejected.append(dict(id=i, source=record.source, reason=str(error), text=record.prompt[:80]))
-            continue
-        rows += [dict(id=i, source=record.source, **r) for r in (made if isinstance(made, list) else [made])]
+    for start in range(0, len(records), AT_ONCE):
+        part = records[start:start + AT_ONCE]
+        if hasattr(tokenizer, "remember"):
+            tokenizer.remember(text for record in part for text in texts(record))
+        for i, record in enumerate(part, start):
+            try:
+                made = build(record)
+            except ValueError as error:
+                rejected.append(dict(id=i, source=record.source, reason=str(error), text=record.prompt[:80]))
+                continue
+            rows += [dict(id=i, source=record.source, **r) for r in (made if isinstance(made, list) else [made])]
+    if hasattr(tokenizer, "remember"):
+        tokenizer.remember([])
     if records and not rows:
         raise ValueError(f"none of {len(records)} records can be used; the first: {rejected[0]['reason']}")
     return rows, rejected
+
+
+def _asked(record):
+    """What an `encode` asks of a record without earlier turns."""
+    return ["", record.prompt, record.prefix, *(answer.text for answer in record.answers)]

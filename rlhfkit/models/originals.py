@@ -38,7 +38,7 @@ def glm_config(raw):
 
 
 def chatglm_config(raw):
-    return ChatGLMConfig(**_known(ChatGLMConfig, raw) | {"tie_word_embeddings": False})
+    return ChatGLMConfig(**_known(ChatGLMConfig, raw))              # tied where the file's two tensors are equal
 
 
 def chatglm2_config(raw):
