@@ -188,7 +188,7 @@ def test_a_folder_without_weights_says_what_is_expected(broken):
 @pytest.mark.parametrize("change, message", [
     (lambda w: w.pop("transformer.h.2.mlp.c_fc.bias"), "1 missing keys, first transformer.h.2.mlp.c_fc.bias"),
     (lambda w: w.update(extra=torch.zeros(2)), "1 unexpected keys, first extra"),
-    (lambda w: w.update({f"h.{i}": torch.zeros(2) for i in range(5)}), "5 unexpected keys, first h.0, h.1, h.2;")])
+    (lambda w: w.update({f"h.{i}": torch.zeros(2) for i in range(5)}), "5 unexpected keys, first h.0, h.1, h.2, h.3, h.4;")])
 def test_missing_and_unexpected_weights_are_counted_and_named(broken, change, message):
     weights = load_file(broken / "model.safetensors")
     change(weights)
