@@ -150,7 +150,7 @@ def planned(target, data="", vocab=""):
         defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in known.items()}
         given = dict(DATA.get(path.stem, {})) if data or vocab else {}
         if path.stem == "01_data" and data:
-            given["raw_dir"] = str(Path(data).resolve())
+            given["sources" if Path(data).is_file() else "raw_dir"] = str(Path(data).resolve())
         if vocab and ("vocab_path" in known or path.stem == "01_data"):
             given["vocab_path"] = str(Path(vocab).resolve())
         wrong = sorted(set(given) - set(known))
@@ -275,7 +275,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("refresh", help="execute all notebooks and store their outputs")
     own = commands.add_parser("demo", help="notebooks 01 to 08 as batch runs")
-    own.add_argument("--data", default="", help="a folder of raw corpora")
+    own.add_argument("--data", default="", help="a folder of raw corpora, or a file of your own")
     own.add_argument("--vocab", default="", help="a sentencepiece model")
     repeat = commands.add_parser("seeds", help="01 to 06 once a seed, gold scores into records/seeds.json")
     repeat.add_argument("numbers", type=int, nargs="+", help="the seeds")
@@ -285,8 +285,8 @@ def main():
         return refresh()
     if given.command == "seeds":
         return seeds(given.numbers)
-    if given.data and not Path(given.data).is_dir():
-        parser.error(f"--data {given.data} is no folder; give the folder of the raw corpora")
+    if given.data and not Path(given.data).exists():
+        parser.error(f"--data {given.data} is not there; give the folder of the raw corpora, or a file that rk.read_records reads")
     if given.vocab and not Path(given.vocab).is_file():
         parser.error(f"--vocab {given.vocab} is no file; give a sentencepiece model such as vocab.model")
     try:

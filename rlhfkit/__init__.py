@@ -8,13 +8,16 @@ from importlib import import_module
 warnings.filterwarnings("ignore", message="IProgress not found")     # tqdm, in a kernel without ipywidgets
 
 _HOME = {
-    "records": "Record Answer read_records write_records split pairs",
+    "records": "Record Answer write_records split pairs",
+    "formats": "read_records stream_records",
     "sources": "build",
+    "corpus": "build_corpus",
+    "duplicates": "contamination",
     "samples.couplets": "gold applies",
     "tokenizers.pangu": "patch_jieba unpatch_jieba",
     "families": "Family FAMILIES family_of load_tokenizer load_model",
     "miniature": "tiny",
-    "rows": "show read_data documents text_rows sft_rows reward_rows pair_rows prompt_rows",
+    "rows": "show read_data documents pack text_rows sft_rows reward_rows pair_rows prompt_rows",
     "configs": "Pretrain SFT Reward PPO DPO Result check_parameters",
     "saving": "versions",
     "rollout": "generate judged_records",
@@ -24,7 +27,7 @@ _HOME = {
     "tasks": "Task TASKS",
     "evaluation": "evaluate perplexity compare report_card score",
     "bench": "sweep time_steps",
-    "plots": "plot_history plot_margins plot_scores plot_memory",
+    "plots": "plot_history plot_margins plot_scores plot_memory plot_rows plot_lengths plot_answers",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

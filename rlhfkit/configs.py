@@ -115,22 +115,31 @@ class SFT(Run):
 class Reward(Run):
     """Pair loss on all strictly ordered answers of a prompt, each prompt weighing the same."""
 
+    max_answers: int = 9                # a prompt, of more the best, the worst and some between (InstructGPT: 4 to 9); 0: all
+
     stage: ClassVar[str] = "reward"
+    rules: ClassVar[dict] = dict(max_answers=NOT_NEGATIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_answers == 1:
+            raise ValueError("max_answers is 1; a pair takes two: give 2 or more, or 0 for all")
 
 
 @dataclass
 class DPO(Run):
-    """Direct preference optimisation (Rafailov et al. 2023, eq. 7) on the best against the other answers."""
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7) on pairs of a better and a worse answer."""
 
     beta: float = 0.1
-    pairs_per_prompt: int = 1           # drawn by seed from all strictly ordered pairs
+    pairs_per_prompt: int = 1           # drawn by seed
+    pair_rule: str = "all"              # all strictly ordered pairs, or neighbours: those of the 2023 kit
     max_new_tokens: int = 64
     samples: int = 4
     temperature: float = 1.0            # of the samples
 
     stage: ClassVar[str] = "dpo"
-    rules: ClassVar[dict] = dict(beta=POSITIVE, pairs_per_prompt=POSITIVE, max_new_tokens=POSITIVE, samples=NOT_NEGATIVE,
-                                 temperature=NOT_NEGATIVE)
+    rules: ClassVar[dict] = dict(beta=POSITIVE, pairs_per_prompt=POSITIVE, pair_rule=("all", "neighbours"), max_new_tokens=POSITIVE,
+                                 samples=NOT_NEGATIVE, temperature=NOT_NEGATIVE)
 
     def __post_init__(self):
         super().__post_init__()

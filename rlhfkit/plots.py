@@ -3,12 +3,15 @@
 Chinese text is drawn, not boxes, on machines without Chinese fonts: what matplotlib's own font lacks comes from that in
 the package paperang-p2-fonts-cjk. Nothing is returned: a notebook shows the figure, a script saves `plt.gcf()`.
 """
+import math
 import warnings
 from functools import cache
 from importlib import resources
+from unicodedata import east_asian_width
 
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.ticker import ScalarFormatter
 
 SIZE, DPI = (6.4, 3.0), 100
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999", "#444444", "#661100",
@@ -98,6 +101,78 @@ def plot_memory(*estimates, labels=(), title=""):
     ax.tick_params(axis="y", length=0)
     ax.set(xlabel="GiB a GPU", ylim=(len(estimates) - 0.4, -0.6))
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+
+
+def plot_rows(rows, tokenizer, title="", width=100):
+    """Rows as text, a colour for what carries a loss (bold) and one for what is read only; `width`: Latin characters a line."""
+    lines = []                                          # of (place, text, trained)
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        starts = [i for i in range(len(ids)) if i == 0 or (labels[i] >= 0) != (labels[i - 1] >= 0)] + [len(ids)]
+        line, place = [], 0
+        for start, stop in zip(starts, starts[1:]):
+            for character in tokenizer.decode(ids[start:stop]).replace("\n", "⏎"):
+                size = 2 if east_asian_width(character) in "WFA" else 1
+                if place + size > width:
+                    lines.append(line)
+                    line, place = [], 0
+                line.append((place, character, labels[start] >= 0))
+                place += size
+        lines += [line, []]
+    figure, (ax,) = _figure(1, title)
+    figure.set_size_inches(SIZE[0], max(1.0, 0.2 * len(lines) + 0.4))
+    for number, line in enumerate(lines):
+        for place, character, trained in line:
+            ax.text(place, -number, character, color=COLOURS[1] if trained else COLOURS[8], fontsize=8, va="center")
+            if trained:
+                ax.axhspan(-number - 0.45, -number - 0.38, place / width, (place + 2) / width, color=COLOURS[1])
+    ax.set(xlim=(0, width), ylim=(-len(lines) + 1.2, 0.8))
+    ax.axis("off")
+
+
+def plot_lengths(lengths, cuts=(512, 1024, 2048), title=""):
+    """{source: tokens a row} -> histogram on a logarithmic axis, with the share of all rows that each length cuts."""
+    everything = sorted(length for some in lengths.values() for length in some)
+    if not everything:
+        raise ValueError("there are no lengths; give {source: [tokens of each row, …]} with a row at the least")
+    figure, (ax,) = _figure(1, title)
+    low, high = math.log2(max(1, everything[0])), math.log2(max(everything[-1], *cuts) + 1)
+    edges = [2 ** (low + (high - low) * i / 40) for i in range(41)]
+    ax.hist(list(lengths.values()), bins=edges, histtype="step", label=list(lengths), color=_colours(lengths))
+    for cut in cuts:
+        ax.axvline(cut, color="black", linewidth=0.8, linestyle="--")
+        share = sum(length > cut for length in everything) / len(everything)
+        ax.text(cut, 1, f"{cut}: {share:.1%} cut ", ha="right", va="top", rotation=90, fontsize="small", transform=ax.get_xaxis_transform())
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.set(xlabel="tokens a row", ylabel="rows", yscale="log")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+
+
+def plot_answers(records, title=""):
+    """How many answers a prompt has and how scores are spread: shares of each source by itself."""
+    sources = sorted({record.source for record in records})
+    figure, (left, right) = _figure(2, title)
+    counts = [[len(record.answers) for record in records if record.source == source] for source in sources]
+    scores = [[answer.score for record in records if record.source == source for answer in record.answers] for source in sources]
+    most = max(map(max, counts))
+    left.hist(counts, bins=[i - 0.5 for i in range(most + 2)] if most < 20 else 20, weights=_shares(counts), label=sources, color=_colours(sources))
+    left.set(xlabel="answers a prompt", ylabel="share of the prompts")
+    low, high = (math.asinh(f(f(some or [0]) for some in scores)) for f in (min, max))
+    edges = [math.sinh(low - 0.2 + (high - low + 0.4) * i / 30) for i in range(31)]      # likes go into the thousands
+    right.hist(scores, bins=edges, weights=_shares(scores), histtype="step", color=_colours(sources))
+    right.set_xscale("symlog", linthresh=10)
+    right.xaxis.set_major_formatter(ScalarFormatter())
+    right.set(xlabel="score of an answer", ylabel="share of the answers")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
+
+
+def _shares(lists):
+    return [[1 / len(some) for _ in some] for some in lists]
+
+
+def _colours(names):
+    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
 
 
 def _totals(table):

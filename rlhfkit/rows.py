@@ -4,46 +4,94 @@ Only answers carry a loss; the 2023 kit trained on prompts and padding too. A re
 dropped silently; packed rows keep documents apart by positions that restart at 0 and carry no attention mask.
 """
 import hashlib
+import os
 import random
+import time
 from pathlib import Path
 
 import torch
 
-from rlhfkit.records import Record, pairs, read_records
+from rlhfkit.formats import read_records
+from rlhfkit.packing import IGNORE, Packed
+from rlhfkit.records import Record, pairs
 
 AT_ONCE = 10_000        # records whose texts are tokenised together
-IGNORE = -100           # the label that torch's cross-entropy leaves out
+FOLDER = ".rows"        # beside the data: what is remembered of them (cache.py)
+
+
+class NoRow(ValueError):
+    """Not one of so many records can be used; `rejected` says why."""
+
+    def __init__(self, count, rejected):
+        super().__init__(f"none of {count} records can be used; the first: {rejected[0]['reason']}")
+        self.rejected = rejected
 
 
 def read_data(path):
-    """A JSON-lines file, or a folder with train.jsonl and perhaps dev.jsonl -> (train records, dev records, rows set aside)."""
-    rejected, (train, *dev) = [], _files(path)
+    """A file of rows, or a folder with train.jsonl and perhaps dev.jsonl -> (train records, dev records, rows set aside)."""
+    rejected, (train, *dev) = [], data_files(path)
     records = read_records(train, rejected)
     return records, read_records(dev[0], rejected) if dev else [], rejected
 
 
+def data_files(path):
+    """The files of a data_path that there are, training rows first."""
+    path = Path(path)
+    train, dev = (path / "train.jsonl", path / "dev.jsonl") if path.is_dir() else (path, path)
+    if not train.is_file():
+        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with train.jsonl")
+    return [train, dev] if dev != train and dev.is_file() else [train]
+
+
 def data_hash(path):
-    """Hash of the bytes that `read_data` reads, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file in _files(path):
+    """Hash of the bytes of the data, 16 hexadecimal digits; noted beside them: files of the same size and time are not read again."""
+    files, digest = data_files(path), hashlib.sha256()
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    note = beside(path) / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.data"
+    if note.is_file():
+        return note.read_text()
+    for file in files:
         with open(file, "rb") as f:
             for block in iter(lambda: f.read(1 << 20), b""):
                 digest.update(block)
+    written = max(modified for _, _, modified in stats)
+    if time.time_ns() - written > 2e9 and writable(note.parent):    # a file just written may change again unseen by its clock
+        part = note.with_suffix(f".{os.getpid()}")
+        part.write_text(digest.hexdigest()[:16])
+        os.replace(part, note)
     return digest.hexdigest()[:16]
 
 
-def text_rows(records, family, tokenizer, max_length):
+def beside(path):
+    """The folder for what is remembered of a data_path."""
+    return (Path(path) if Path(path).is_dir() else Path(path).parent) / FOLDER
+
+
+def writable(folder):
+    """Whether the folder, made where it is not there, can be written into."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def text_rows(records, family, tokenizer, max_length, packing=True):
     """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token lost.
     Families that read both ways (GLM) learn to fill blanks: a piece's beginning is read, its end or a span of it written."""
     def pieces(record):
         read, ids = family.encode_text(tokenizer, text_of(record))
-        room, made = max_length - len(read) - (2 if family.blank else 0), []
+        template = len(read) + (2 if family.blank else 0)
+        room, made = max_length - template, []
+        if room < 1:
+            raise ValueError(f"max_length is {max_length}; a document takes {template} tokens beside its text: "
+                             f"set it to {template + 1} or more")
         for start in range(0, len(ids), room):
             head, part = family.blank(tokenizer, ids[start:start + room]) if family.blank else (read, ids[start:start + room])
             made.append(dict(input_ids=head + part, labels=[IGNORE] * len(head) + part))
         return made
     rows, rejected = _rows(records, pieces, tokenizer, lambda record: [text_of(record)])
-    return pack(rows, max_length), rejected
+    return (pack(rows, max_length) if packing else rows), rejected
 
 
 def text_of(record):
@@ -52,23 +100,13 @@ def text_of(record):
 
 
 def documents(records):
-    """Records for pre-training: each prompt and each best answer as a text of its own, so that the task itself stays unseen."""
-    return [Record(prompt=text, source=r.source) for r in records for text in (r.prompt, *(a.text for a in r.answers[:1])) if text]
+    """Records for pre-training, one by one: each prompt and each best answer as a text of its own, so that the task itself stays unseen."""
+    return (Record(prompt=text, source=r.source) for r in records for text in (r.prompt, *(a.text for a in r.answers[:1])) if text)
 
 
 def pack(rows, max_length):
-    """Rows laid end to end, in order, into rows of at most max_length; positions restart, and nothing predicts a document's first token."""
-    packed, used = [], max_length
-    for row in rows:
-        ids, labels = row["input_ids"], [IGNORE] + row["labels"][1:]
-        if used + len(ids) > max_length:
-            packed.append(dict(id=len(packed), source="", input_ids=[], labels=[], position_ids=[]))
-            used = 0
-        used += len(ids)
-        packed[-1]["input_ids"] += ids
-        packed[-1]["labels"] += labels
-        packed[-1]["position_ids"] += range(len(ids))
-    return packed
+    """Rows laid into as few rows of at most max_length as best fit finds (packing.py), in no way across documents."""
+    return Packed(rows, max_length)
 
 
 def sft_rows(records, family, tokenizer, max_length, packing=False):
@@ -82,27 +120,27 @@ def sft_rows(records, family, tokenizer, max_length, packing=False):
     return (pack(rows, max_length) if packing else rows), rejected
 
 
-def reward_rows(records, family, tokenizer, max_length):
-    """All scored answers of a prompt together: `answers` (prompt and answer ids) and `scores` -> (rows, set aside)."""
+def reward_rows(records, family, tokenizer, max_length, max_answers=0):
+    """The scored answers of a prompt together: `answers` (prompt and answer ids) and `scores` -> (rows, set aside). Of more than max_answers
+    (0: no limit) the best, the worst and some evenly between."""
     def row(record):
-        if not pairs(record):
+        some = _spread(record.answers, max_answers)
+        if not some or some[0].score == some[-1].score:
             raise ValueError("no answer is better than another")
-        answers = [family.encode(tokenizer, record, a.text)[1] for a in record.answers]
-        prompt, _ = family.encode(tokenizer, record, record.answers[_longest(answers)].text, max_length)
-        return dict(answers=[prompt + ids for ids in answers],
-                    scores=[a.score for a in record.answers])
+        answers = [family.encode(tokenizer, record, a.text)[1] for a in some]
+        prompt, _ = family.encode(tokenizer, record, some[_longest(answers)].text, max_length)
+        return dict(answers=[prompt + ids for ids in answers], scores=[a.score for a in some])
     return _rows(records, row, tokenizer, _asked)
 
 
-def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0):
-    """DPO: `prompt_ids, chosen_ids, rejected_ids`, up to pairs_per_prompt drawn by seed; one prompt encoding serves both sides."""
-    rng = random.Random(seed)
-
+def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0, pair_rule="all"):
+    """DPO: `prompt_ids, chosen_ids, rejected_ids`, up to pairs_per_prompt drawn by seed and prompt, whatever the records before;
+    one prompt encoding serves both sides. pair_rule: as in `pairs`."""
     def row(record):
-        found = pairs(record)
+        found = pairs(record, pair_rule)
         if not found:
             raise ValueError("no answer is better than another")
-        made = []
+        made, rng = [], random.Random(f"{seed}\n{record.prompt}")
         for chosen, rejected in rng.sample(found, min(pairs_per_prompt, len(found))):
             sides = [family.encode(tokenizer, record, a.text)[1] for a in (chosen, rejected)]
             prompt, _ = family.encode(tokenizer, record, (chosen, rejected)[_longest(sides)].text, max_length)
@@ -158,13 +196,11 @@ def show(row, tokenizer):
     return "".join(parts)
 
 
-def _files(path):
-    """The files of a data_path that there are, training rows first."""
-    path = Path(path)
-    train, dev = (path / "train.jsonl", path / "dev.jsonl") if path.is_dir() else (path, path)
-    if not train.is_file():
-        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with train.jsonl")
-    return [train, dev] if dev != train and dev.is_file() else [train]
+def _spread(items, most):
+    """`items`, or `most` of them from the first to the last."""
+    if not most or len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def _longest(lists):
@@ -189,7 +225,7 @@ def _rows(records, build, tokenizer, texts):
     if hasattr(tokenizer, "remember"):
         tokenizer.remember([])
     if records and not rows:
-        raise ValueError(f"none of {len(records)} records can be used; the first: {rejected[0]['reason']}")
+        raise NoRow(len(records), rejected)
     return rows, rejected
 
 

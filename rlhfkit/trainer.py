@@ -6,24 +6,26 @@ stage can say before and after; HF's own evaluation averages batch means.
 import json
 import math
 import os
-import re
 import resource
+import shutil
 import statistics
 import time
 import warnings
-from collections import Counter
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from rlhfkit import health
+from rlhfkit.cache import arguments_of, prepared
 from rlhfkit.configs import Result
 from rlhfkit.engine import SCHEDULES, device, log_line, mean_over, rank, say, set_dropout, world_size
 from rlhfkit.families import check_vocabulary, family_of, load_model, load_tokenizer
-from rlhfkit.rows import IGNORE, collate, read_data
+from rlhfkit.packing import IGNORE, Packed
+from rlhfkit.rows import collate
 from rlhfkit.saving import newest_checkpoint, save_folder
 from rlhfkit.zero import deepspeed_config
 
@@ -48,22 +50,22 @@ def prepare(config, wrap=None):
 
 
 def rows_for(config, build):
-    """`build(records) -> (rows, set aside)` on the run's data -> (train rows, dev rows, dev records); what is set aside is counted, said,
-    and listed in rejected.jsonl."""
-    records, dev_records, rejected = read_data(config.data_path)
-    if not records:
-        raise ValueError(f"data_path {config.data_path} holds no usable record; {len(rejected)} rows were set aside")
-    rows, aside = build(records)
-    dev, dev_aside = build(dev_records) if dev_records else ([], [])
-    total = len(records) + len(dev_records) + len(rejected)
-    rejected += [r | {"split": "train"} for r in aside] + [r | {"split": "dev"} for r in dev_aside]
-    if rejected and rank() == 0:
-        with open(os.path.join(config.output_dir, "rejected.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
-        reasons = Counter(re.sub(r"\d+", "n", r["reason"]) for r in rejected)
-        say(config.output_dir, f"{len(rejected)} of {total} rows set aside (rejected.jsonl): "
-            + "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3)))
-    return rows, dev, dev_records
+    """The rows of the run's data, tokenised now or before (cache.py), and packed where `build` packs -> (train, dev, dev records).
+    build: a functools.partial of a function of rows.py over family, tokenizer and other keywords. What is set aside is counted,
+    said, and listed in rejected.jsonl."""
+    found, arguments = prepared(config, build), arguments_of(build)
+    rows, dev, facts = found.train, found.dev, found.facts
+    if facts["aside"] and rank() == 0:
+        shutil.copyfile(found.folder / "aside.jsonl", os.path.join(config.output_dir, "rejected.jsonl"))
+        say(config.output_dir, f"{facts['aside']} of {facts['total']} rows set aside (rejected.jsonl): "
+            + "; ".join(f"{n} × {reason}" for reason, n in facts["reasons"]))
+    origin = f"tokenised in {found.seconds:.1f} s" if found.seconds else "from the cache"
+    say(config.output_dir, f"rows: {len(rows):,} {origin}")
+    if arguments.get("packing"):
+        rows, dev = Packed(rows, arguments["max_length"]), Packed(dev, arguments["max_length"])
+        say(config.output_dir, f"packed: {facts['train']:,} rows into {len(rows):,} of {rows.max_length} tokens, "
+            f"{100 * rows.fill_rate:.1f} % filled")
+    return rows, dev, found.dev_records
 
 
 def loss_judge(config, dev, pad_id):
@@ -159,9 +161,9 @@ def speed(config, history, rows):
     memory_gib."""
     spans = [row["seconds"] / config.logging_steps for row in history if "loss" in row]
     seconds = statistics.median(spans[1:] or spans) if spans else math.nan
-    lengths = [sum(len(ids) for ids in row["answers"]) if "answers" in row else
-               sum(len(row[k]) for k in ("input_ids", "prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids") if k in row) for row in rows]
-    tokens = sum(lengths) / len(lengths) * config.batch_size * config.gradient_accumulation_steps * world_size()
+    lengths = rows.lengths if hasattr(rows, "lengths") else [
+        sum(len(row[k]) for k in ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")) for row in rows]
+    tokens = float(np.mean(lengths)) * config.batch_size * config.gradient_accumulation_steps * world_size()
     return {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "memory_gib": peak_memory()}
 
 

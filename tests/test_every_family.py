@@ -257,8 +257,10 @@ def test_a_reward_model_of_the_family_scores_alone_as_in_a_batch_and_loads_again
 def test_texts_for_pre_training_lose_no_token_and_pack(loaded):
     _, tokenizer, family = loaded
     texts = [rk.Record("春风迎细雨，明月照青山。" * n) for n in (1, 9)]
-    rows, aside = text_rows(texts, family, tokenizer, 48)
-    assert not aside and all(len(row["input_ids"]) <= 48 for row in rows) and len(rows) > 2
+    packed, aside = text_rows(texts, family, tokenizer, 48)
+    rows, _ = text_rows(texts, family, tokenizer, 48, packing=False)
+    assert not aside and all(len(row["input_ids"]) <= 48 for row in packed) and 1 < len(packed) < len(rows)
+    assert sorted(t for row in packed for t in row["input_ids"]) == sorted(t for row in rows for t in row["input_ids"])
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     seen = [t for row in rows for t in row["input_ids"] if t not in special]
     ids = [i for text in texts for i in family.encode_text(tokenizer, text.prompt)[1] if i not in special]

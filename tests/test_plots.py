@@ -10,6 +10,7 @@ import pytest
 
 from rlhfkit import plots
 from rlhfkit.memory import Estimate
+from rlhfkit.records import Answer, Record
 
 
 @pytest.fixture
@@ -130,3 +131,30 @@ def test_without_the_font_package_a_figure_is_drawn_and_one_warning_names_the_pa
     assert len(caught) == 1
     plots._chinese_font.cache_clear()
     plt.close("all")
+
+
+def test_the_share_of_rows_that_each_length_cuts_stands_beside_its_line(drawn):
+    plots.plot_lengths({"对联": [10, 20, 600], "诗": [3000]})
+    axis = drawn().axes[0]
+    assert [text.get_text().strip() for text in axis.texts] == ["512: 50.0% cut", "1024: 25.0% cut", "2048: 25.0% cut"]
+    with pytest.raises(ValueError, match="there are no lengths"):
+        plots.plot_lengths({"对联": []})
+
+
+def test_only_what_carries_a_loss_is_coloured_in_a_row(drawn):
+    words = {1: "问", 2: "题", 3: "答", 4: "x"}
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids))
+    plots.plot_rows([dict(input_ids=[1, 2, 3, 4], labels=[-100, -100, 3, 4])] * 20, tokenizer, "行")
+    texts = drawn().axes[0].texts[:4]
+    assert [(text.get_text(), text.get_color() == plots.COLOURS[1]) for text in texts] == [
+        ("问", False), ("题", False), ("答", True), ("x", True)]
+    assert [text.get_position()[0] for text in texts] == [0, 2, 4, 6]           # a Chinese character is as wide as two others
+
+
+def test_shares_of_answers_and_scores_sum_to_one_for_each_source(drawn):
+    records = [Record("问", tuple(Answer(f"答{i}", score) for i, score in enumerate(scores)), source=source)
+               for source, scores in (("a", (1, 0)), ("a", (1,)), ("微博", (1200, 30, 2, -1)), ("c", ()))]
+    plots.plot_answers(records)
+    left, right = drawn().axes
+    assert sum(bar.get_height() for bars in left.containers for bar in bars) == pytest.approx(3)
+    assert len(right.patches) == 3

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rlhfkit.records import Answer, Record, pairs, read_records, split, write_records
+from rlhfkit.formats import read_records
+from rlhfkit.records import Answer, Record, pairs, split, write_records
 
 FULL = Record("你好", (Answer("好", 1), Answer("坏", -0.5)), prefix="答：", system="你是助手",
               history=(("早", "早上好"),), source="zhidao")
@@ -162,3 +163,21 @@ def test_pairs_of_scores_3_2_2_1_are_the_five_strictly_ordered_ones():
 def test_pairs_leave_out_ties_and_equal_texts():
     assert pairs(Record("问", [Answer("甲", 1), Answer("甲", 0)])) == []
     assert pairs(Record("问", [Answer("甲", 1), Answer("乙", 1)])) == pairs(Record("问")) == []
+
+
+def test_the_rule_of_neighbours_is_that_of_the_2023_kit_on_sorted_answers():
+    def found(*scores, **options):
+        answers = [Answer(text, score) for text, score in zip("abcd", scores)]
+        return ["".join(answer.text for answer in pair) for pair in pairs(Record("问", answers), "neighbours", **options)]
+    assert found(3, 2, 2, 1) == ["ab", "ac", "cd"] and found(2, 2, 1) == ["bc"] and found(1, 1) == found(1) == []
+
+
+def test_a_limit_draws_pairs_without_bias_and_the_same_for_the_same_record():
+    counts = dict.fromkeys(["ab", "ac", "bc"], 0)
+    for i in range(600):
+        record = Record(f"问{i}", [Answer(text, score) for text, score in zip("abc", (3, 2, 1))])
+        assert pairs(record, limit=1) == pairs(record, limit=1) and len(pairs(record, limit=5)) == 3
+        counts["".join(answer.text for answer in pairs(record, limit=1)[0])] += 1
+    assert all(150 < count < 250 for count in counts.values())              # 200 expected, 11.5 the standard deviation
+    with pytest.raises(ValueError, match="rule is 'best'; it must be 'all' or 'neighbours'"):
+        pairs(record, "best")

@@ -4,9 +4,9 @@ from collections import Counter
 
 from rlhfkit.records import pairs
 from rlhfkit.samples import RAW
-from rlhfkit.sources import SOURCES, build, poetry
+from rlhfkit.sources import build, poetry
 
-OURS = [name for name in SOURCES if name != "couplets"]         # those come from a grammar, which has its own tests
+OURS = ["weibo", "zhidao", "classical", "poetry", "baike"]       # couplets come from a grammar, which has its own tests
 
 
 def test_every_source_reads_every_row_of_the_samples():

@@ -1,11 +1,13 @@
-"""The six sources, one by one, on small files written here."""
+"""The sources, one by one, on small files written here."""
+import gzip
 import json
-import random
+import lzma
 
 import pytest
 
 from rlhfkit.records import Answer, Record
-from rlhfkit.sources import SOURCES
+from rlhfkit.samples import RAW
+from rlhfkit.sources import SOURCES, build
 
 
 def put(folder, path, content):
@@ -19,7 +21,7 @@ def put(folder, path, content):
 
 def read(name, folder, seed=0):
     rejected = []
-    return list(SOURCES[name](folder, random.Random(seed), rejected)), rejected
+    return list(SOURCES[name](folder, rejected, seed)), rejected
 
 
 def poem(title, *lines, **fields):
@@ -143,10 +145,10 @@ def test_bad_zhidao_rows_are_set_aside_one_by_one(tmp_path):
     rows = ["甲,,一,1", "甲,, ,0", "甲,,二,yes", ",,三,0", "甲,四", "甲,,五,0"]
     content = "\n".join(["\ufefftitle,question,reply,is_best", *rows]).encode() + b"\n\xd6\xd0,,x,0\n"
     put(tmp_path, "zhidao/a.csv", content)
-    put(tmp_path, "zhidao/b.csv", "q,a\n1,2\n"), put(tmp_path, "zhidao/c.csv", "")
+    put(tmp_path, "zhidao/b.csv", "q,a\n1,2\n"), put(tmp_path, "zhidao/c.csv", "")      # an empty file holds no bad row
     (record,), rejected = read("zhidao", tmp_path)
     assert [answer.text for answer in record.answers] == ["一", "五"]
-    assert [row["line"] for row in rejected] == [3, 4, 5, 6, 8, 1, 1]
+    assert [row["line"] for row in rejected] == [3, 4, 5, 6, 8, 1]
     assert "2 cells; the header has 4" in rejected[3]["reason"] and "must include title" in rejected[5]["reason"]
 
 
@@ -267,13 +269,13 @@ def test_each_poetry_folder_has_its_author_genre_and_title(tmp_path, path, conte
 def test_bad_poems_and_files_are_set_aside(tmp_path):
     rows = [poem("题", author="甲"), poem("", "一。", author="甲"), poem("题", "一。"), poem("题", 5, author="甲"), "诗",
             poem("题", "一。", author="甲")]
-    put(tmp_path, "chinese-poetry/yuanqu/yuanqu.json", rows)
+    put(tmp_path, "chinese-poetry/yuanqu/yuanqu.json", "[" + ",\n".join(map(json.dumps, rows)) + "]")
     put(tmp_path, "chinese-poetry/ci/ci.song.0.json", "{")
     broken = json.dumps([poem("题", "二。", author="乙"), poem("X", "三。", author="丙")], ensure_ascii=False).encode()
     put(tmp_path, "chinese-poetry/wudai/nantang/poetrys.json", broken.replace(b"X", b"\xff"))
     records, rejected = read("poetry", tmp_path)
     assert sorted(r.answers[0].text for r in records) == ["一。", "二。"]
-    assert sorted(row["line"] for row in rejected) == [1, 1, 2, 2, 3, 4, 5]
+    assert sorted(row["line"] for row in rejected) == [1, 1, 1, 2, 3, 4, 5]
 
 
 # baike
@@ -287,3 +289,58 @@ def test_baike_asks_the_longer_of_title_and_description_in_one_line(tmp_path):
     assert [(r.prompt, r.answers, r.prefix) for r in records] == [
         (prompt, (Answer(answer, 1),), "答：") for prompt, answer in (("长的题目", "答一"), ("长的说明", "答"), ("说明", "答"))]
     assert [row["line"] for row in rejected] == [4, 5, 6]
+
+
+# clue, the published corpus, templates
+
+def test_clue_reads_the_train_files_of_the_tasks_and_never_dev(tmp_path):
+    rows = [{"sentence1": "天在下雨", "sentence2": "地湿了", "label": "entailment"}, {"sentence1": "一", "sentence2": "二", "label": "-"}]
+    put(tmp_path, "clue/ocnli/train.json", "\n".join(map(json.dumps, rows)))
+    put(tmp_path, "clue/ocnli/dev.json", json.dumps(rows[0] | {"sentence2": "留出"}))
+    put(tmp_path, "clue/tnews/train.json", "{")
+    (record,), rejected = read("clue", tmp_path)
+    assert record.answers[0] == Answer("Yes，地湿了", 1) and [a.score for a in record.answers] == [1, 0, 0]
+    assert (record.prompt, record.source) == ("天在下雨?", "clue")
+    assert ["no label" in row["reason"] or "folder left out" in row["reason"] for row in rejected] == [True, True]
+
+
+def test_the_published_corpus_is_read_once_though_its_dev_file_is_a_part_of_it(tmp_path):
+    rows = [{"prompt": f"问题:{i}", "answers": [{"answer": "甲", "score": 1}, {"answer": "乙", "score": 0}], "prefix": "回答:"} for i in range(5)]
+    put(tmp_path, "train_data_external_v1.jsonl", "\n".join(map(json.dumps, rows)))
+    put(tmp_path, "dev_data_external_v1.jsonl", "\n".join(map(json.dumps, rows[:2])))
+    records, _ = read("published", tmp_path)
+    assert [r.prompt for r in records] == [f"问题:{i}" for i in range(5)] and {r.source for r in records} == {"published"}
+
+
+@pytest.mark.parametrize("template, weibo, zhidao, prefix, answer", [
+    ("HEAD", "新闻内容：今天，雨 摘要：雨", "问题：甲？ 内容：乙", "答：", "（丙），Ａ"),
+    ("published", "新闻内容:今天,雨 摘要:雨", "问题:甲? 内容:乙", "回答:", "(丙),A"),
+    ("v0", "新闻内容：今天，雨<sep>摘要：雨", "问题：甲？<sep>内容：乙", "回答：", "（丙），Ａ")])
+def test_the_three_generations_of_templates(tmp_path, template, weibo, zhidao, prefix, answer):
+    put(tmp_path, "weibo_summary_comments_json.json", json.dumps({"article": "今天，雨", "abstract": "雨", "comments": [["好", 1]]}))
+    put(tmp_path, "zhidao/a.csv", "title,question,reply,is_best\n甲？,乙,（丙），Ａ,1\n")
+    records = {r.source: r for r in build(["weibo", "zhidao"], tmp_path, template=template)}
+    assert records["weibo"].prompt == weibo and records["zhidao"].prompt == zhidao
+    assert records["zhidao"].prefix == prefix and records["zhidao"].answers == (Answer(answer, 1),)
+    with pytest.raises(ValueError, match="template is 'head'; it must be one of HEAD, published, v0"):
+        build(["weibo"], tmp_path, template="head")
+
+
+@pytest.mark.parametrize("end, opener", [(".gz", gzip.open), (".xz", lzma.open)])
+def test_packed_files_are_read_and_one_that_breaks_off_keeps_what_came_before(tmp_path, end, opener):
+    rows = "".join(json.dumps({"title": f"第{i}个问题", "desc": "", "answer": f"第{i}个回答" * 20}) + "\n" for i in range(2000))
+    path = tmp_path / f"baike_qa2019/baike.json{end}"
+    path.parent.mkdir()
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(rows)
+    assert len(read("baike", tmp_path)[0]) == 2000
+    path.write_bytes(path.read_bytes()[:-200])
+    records, rejected = read("baike", tmp_path)
+    assert 0 < len(records) <= 2000 and "archive ends early" in rejected[-1]["reason"] and "fetch it again" in rejected[-1]["reason"]
+
+
+def test_every_share_of_a_source_together_is_the_whole(tmp_path):
+    for name in ("weibo", "couplets", "zhidao", "classical", "poetry", "baike"):
+        whole = list(SOURCES[name](RAW, []))
+        parts = [list(SOURCES[name](RAW, [], part=(i, 3))) for i in range(3)]
+        assert all(parts) and sorted(map(repr, whole)) == sorted(repr(r) for part in parts for r in part)

@@ -1,7 +1,6 @@
 """build(): what it names, refuses and repeats; and the sources on the real corpora where they are."""
 import logging
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -39,8 +38,11 @@ def test_build_errors_name_value_rule_and_way_out(tmp_path):
     with pytest.raises(ValueError, match="sources is empty"):
         build([])
     put(tmp_path, "couplets.txt", "春风\t秋\n")
-    with pytest.raises(FileNotFoundError, match="zhidao/"):
+    with pytest.raises(FileNotFoundError, match="zhidao/.*looks like couplets \\(couplets.txt\\)"):
         build(["zhidao"], tmp_path)
+    put(tmp_path, "zhidao/a.csv", "title,question,reply,is_best\n甲,,乙,1\n")
+    with pytest.raises(FileNotFoundError, match="looks like a part of zhidao; give the folder above it"):
+        build(["zhidao"], tmp_path / "zhidao")
     rejected = [{"reason": "of an earlier call"}]
     with pytest.raises(ValueError, match="no usable row, 1 set aside; the first: the sides have 2 and 1"):
         build("couplets", tmp_path, rejected=rejected)
@@ -67,7 +69,7 @@ def test_records_are_the_same_in_a_process_with_another_hash_seed():
 
 
 def test_a_corpus_of_one_s_own_is_one_entry_in_sources(tmp_path, monkeypatch):
-    monkeypatch.setitem(SOURCES, "mine", lambda folder, rng, rejected: iter([Record("我的问题", source="mine")]))
+    monkeypatch.setitem(SOURCES, "mine", lambda folder, rejected, **_: iter([Record("我的问题", source="mine")]))
     assert build("mine", tmp_path) == [Record("我的问题", source="mine")]
 
 
@@ -123,5 +125,5 @@ def test_both_copies_of_the_real_couplets_are_the_same(shared, tmp_path):
     for name in ("in.txt", "out.txt"):
         put(in_and_out, name, (shared / "data/raw/couplets/test" / name).read_bytes())
     folders = tmp_path / "copy", shared / "data/raw"
-    copies = [list(SOURCES["couplets"](folder, random.Random(0), [])) for folder in folders]
+    copies = [list(SOURCES["couplets"](folder, [])) for folder in folders]
     assert copies[0] == copies[1]

@@ -1,5 +1,7 @@
 """What the stages on HF's trainers share: rows set aside, held-out loss, LoRA, models that are too short, the save."""
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def short(tmp_path_factory):
 
 def build(config):
     family, tokenizer = rk.family_of(config.model_path), rk.load_tokenizer(config.model_path)
-    return lambda records: sft_rows(records, family, tokenizer, config.max_length)
+    return partial(sft_rows, family=family, tokenizer=tokenizer, max_length=config.max_length, packing=config.packing)
 
 
 def test_every_row_set_aside_is_counted_said_and_kept_with_its_reason(paths, capsys):
@@ -79,8 +81,23 @@ def test_a_row_set_aside_in_the_held_out_file_can_be_told_from_one_in_train(path
 
 def test_good_data_sets_nothing_aside_and_writes_no_list(paths, capsys):
     rows, dev, _ = rows_for(rk.SFT(**paths), build(rk.SFT(**paths)))
-    assert (len(rows), len(dev)) == (4, 2) and capsys.readouterr().out == ""
-    assert not list(Path(paths["output_dir"]).iterdir())
+    assert (len(rows), len(dev)) == (4, 2) and re.fullmatch(r"rows: 4 tokenised in \d+\.\d s\n", capsys.readouterr().out)
+    assert [p.name for p in Path(paths["output_dir"]).iterdir()] == ["log.txt"]
+
+
+def test_the_second_start_says_the_same_of_what_is_set_aside_and_packs_rows_of_the_cache(paths, capsys):
+    config = rk.SFT(**paths, max_length=64, packing=True, max_new_tokens=8)
+    with open(Path(paths["data_path"]) / "train.jsonl", "ab") as file:
+        file.write(b"not json\n")
+    first, _, _ = rows_for(config, build(config))
+    said, kept = capsys.readouterr().out, (Path(paths["output_dir"]) / "rejected.jsonl").read_bytes()
+    (Path(paths["output_dir"]) / "rejected.jsonl").unlink()
+    second, dev, dev_records = rows_for(config, build(config))
+    assert list(second) == list(first) and list(dev_records) == [record(*line) for line in LINES[:2]]
+    assert re.sub(r"tokenised in \d+\.\d s", "from the cache", said) == capsys.readouterr().out
+    assert (Path(paths["output_dir"]) / "rejected.jsonl").read_bytes() == kept
+    # 13, 14, 13 and 13 tokens: four rows fit into one of 64, the two held out into another
+    assert "packed: 4 rows into 1 of 64 tokens" in said and (len(second), len(dev)) == (1, 1)
 
 
 def test_data_without_a_good_row_stops_the_run(paths):

@@ -3,12 +3,13 @@
 Files are told apart by their place under `chinese-poetry/`; the 2023 kit looked for "shi" and "ci" in the whole path,
 the user's folders included, and never matched `huajianji`. Tang and Song poems become simplified, a file at once.
 """
-import json
+from itertools import chain, islice
 
 from opencc import OpenCC
 
-from rlhfkit.records import Answer, Record, set_aside
-from rlhfkit.sources.raw import Pool, files
+from rlhfkit.formats import json_rows
+from rlhfkit.records import Answer, Record, check_text, set_aside
+from rlhfkit.sources.raw import NOWHERE, TEMPLATES, Draws, Pool, files, first_share, share
 
 # pattern under chinese-poetry/, author ("" : the row's), genre ("": from the length of the first line), fields of the
 # title, field of the text, written in traditional characters
@@ -30,43 +31,36 @@ KINDS = (
 LAYOUT = tuple(f"chinese-poetry/{kind[0]}" for kind in KINDS)
 
 
-def read(folder, rng, rejected):
-    """JSON files, a list of poems or one poem each → Records."""
-    kinds = {path: kind for kind in KINDS for path in folder.glob(f"chinese-poetry/{kind[0]}")}
-    poems = [poem for path in files(folder, LAYOUT) for poem in _poems(path, kinds[path], rejected)]
-    by_author = {}                                     # (genre, author) -> (title, text) of each poem
-    by_genre = {}                                      # genre -> (author, text)
-    for author, genre, title, text in poems:
-        by_author.setdefault((genre, author), []).append((title, text))
-        by_genre.setdefault(genre, []).append((author, text))
-    everything = Pool((genre, text) for genre, items in by_genre.items() for _, text in items)
-    by_author, by_genre = ({key: Pool(items) for key, items in groups.items()} for groups in (by_author, by_genre))
-    for author, genre, title, gold in poems:
+def read(folder, rejected, seed=0, template=TEMPLATES["HEAD"], part=(0, 1)):
+    """JSON files, a list of poems or one poem each, or one a line → Records. Reads twice, for the index of all poems."""
+    pool = Pool(((genre, author, title), text) for author, genre, title, text in _all(folder, first_share(rejected, part)))
+    for author, genre, title, gold in share(_all(folder, NOWHERE), part):
+        draws = Draws(seed, "poetry", author, genre, title, gold)
         answers = [Answer(gold, 1)]
-        draws = (by_author[genre, author], title), (by_genre[genre], author), (everything, genre)
-        for score, (pool, group) in zip((0, -1, -2), draws):
-            taken = [answer.text for answer in answers]
-            answers += [Answer(text, score) for text in pool.outside(rng, group, taken, 1)]
+        for score, level in ((0, 2), (-1, 1), (-2, 0)):         # another title of the author, author of the genre, genre
+            drawn = pool.draw(draws, (genre, author, title), level, [answer.text for answer in answers], 1)
+            answers += [Answer(text, score) for text in drawn]
         measure = "篇" if genre in ("经书", "楚辞") else "首"
         yield Record(f"以{author}的风格，写一{measure}{genre}，题为{title}", answers, source="poetry")
+
+
+def _all(folder, rejected):
+    kinds = {path: kind for kind in KINDS for end in ("", ".gz", ".xz") for path in folder.glob(f"chinese-poetry/{kind[0]}{end}")}
+    return chain.from_iterable(_poems(path, kinds[path], rejected) for path in files(folder, LAYOUT))
 
 
 def _poems(path, kind, rejected):
     """(author, genre, title, text) of each poem in the file; the `line` of one set aside is its number in the list."""
     _, author, genre, titles, field, traditional = kind
-    try:
-        rows = json.loads(path.read_text("utf-8-sig", errors="surrogateescape"))
-    except ValueError as error:
-        set_aside(rejected, path, getattr(error, "lineno", 1), f"not JSON: {error}; file left out", "")
-        return
-    rows = rows if isinstance(rows, list) else [rows]
-    if traditional:
-        rows = json.loads(_simplified(json.dumps(rows, ensure_ascii=False)))
-    for number, row in enumerate(rows, 1):
-        try:
-            yield _poem(row, author, genre, titles, field)
-        except ValueError as error:
-            set_aside(rejected, path, number, error, row)
+    rows = json_rows(path, rejected)
+    while some := list(islice(rows, 1000)):
+        found = []
+        for number, row in some:
+            try:
+                found.append(_poem(row, author, genre, titles, field))
+            except ValueError as error:
+                set_aside(rejected, path, number, error, row)
+        yield from _simplified(found) if traditional else found
 
 
 def _poem(row, author, genre, titles, field):
@@ -82,12 +76,14 @@ def _poem(row, author, genre, titles, field):
     author = author or row["author"]
     genre = genre or ("五言诗" if len(lines[0]) == 12 else "七言诗")     # two times five characters with their marks
     poem = author, genre, "-".join(row[name] for name in titles), "".join(lines)
-    "".join(poem).encode()                             # UnicodeEncodeError, a ValueError, when the file was not UTF-8
+    check_text("a poem", "".join(poem))
     return poem
 
 
-def _simplified(text):
-    return _CONVERTER.convert(text).translate(str.maketrans("「」『』", "“”‘’"))
+def _simplified(poems):
+    """All at once: a call of the converter costs more than a poem."""
+    text = _CONVERTER.convert("\0".join("\1".join(poem) for poem in poems))
+    return [tuple(poem.split("\1")) for poem in text.translate(str.maketrans("「」『』", "“”‘’")).split("\0")] if poems else []
 
 
 _CONVERTER = OpenCC("t2s")

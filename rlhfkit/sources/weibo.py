@@ -3,17 +3,17 @@
 Unlike the 2023 kit a row or a comment that cannot be used is set aside and named instead of stopping the run.
 """
 from rlhfkit.records import Answer, Record, json_lines, set_aside
-from rlhfkit.sources.raw import files
+from rlhfkit.sources.raw import TEMPLATES, files
 
 LAYOUT = ("weibo_summary_comments_json.json", "weibo_summary_comments_json.jsonl")
 
 
-def read(folder, rng, rejected):
+def read(folder, rejected, seed=0, template=TEMPLATES["HEAD"], part=(0, 1)):
     """JSON lines `{"article", "abstract", "comments": [[text, likes], …]}` → Records; likes int or digits."""
     for path in files(folder, LAYOUT):
-        for line, row in json_lines(path, rejected):
+        for line, row in json_lines(path, rejected, part):
             try:
-                prompt = f"新闻内容：{_field(row, 'article')} 摘要：{_field(row, 'abstract')}"
+                prompt = f"新闻内容：{_field(row, 'article')}{template.between}摘要：{_field(row, 'abstract')}"
                 answers = list(_answers(row, path, line, rejected))
                 yield Record(prompt, answers, "评论：", source="weibo")
             except ValueError as error:

@@ -19,11 +19,12 @@ from rlhfkit.trainer import arguments, prepare, rows_for, train
 
 def run(config):
     model, tokenizer, family = prepare(config)
-    rows, dev, dev_records = rows_for(config, lambda records: pair_rows(
-        records, family, tokenizer, config.max_length, config.pairs_per_prompt, config.seed))
+    rows, dev, dev_records = rows_for(config, partial(
+        pair_rows, family=family, tokenizer=tokenizer, max_length=config.max_length, pairs_per_prompt=config.pairs_per_prompt,
+        seed=config.seed, pair_rule=config.pair_rule))
     seen = config.max_steps * config.batch_size * config.gradient_accumulation_steps * world_size()
-    if 0 < seen < len(rows):                        # the reference is asked only about what the steps will see
-        rows = random.Random(config.seed).sample(rows, seen)
+    # the reference is asked only about what the steps will see
+    rows, dev = random.Random(config.seed).sample(rows, seen) if 0 < seen < len(rows) else list(rows), list(dev)
     answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
     measure = partial(pair_figures, pad_id=tokenizer.pad_token_id, beta=config.beta)

@@ -66,8 +66,8 @@ class PPOTrainer:
         self.config = config
         model, self.tokenizer, self.family = prepare(config)
         self.end_ids = self.family.end_ids(self.tokenizer)
-        room = config.max_length - config.max_new_tokens
-        self.rows, self.dev, _ = rows_for(config, lambda records: prompt_rows(records, self.family, self.tokenizer, room))
+        self.rows, self.dev, _ = rows_for(config, partial(
+            prompt_rows, family=self.family, tokenizer=self.tokenizer, max_length=config.max_length - config.max_new_tokens))
         self.per_step = config.batch_size * world_size()
         self.total_steps = config.max_steps or config.num_epochs * math.ceil(len(self.rows) / self.per_step)
         inner = config.ppo_epochs * math.ceil(config.batch_size * config.answers_per_prompt / self.mini)
@@ -272,7 +272,7 @@ class PPOTrainer:
 
     def _samples(self, step):
         return answer_samples(self.actor.model, self.tokenizer, self.family,
-                              [row["record"] for row in self.dev], self.config, step)
+                              (row["record"] for row in self.dev), self.config, step)
 
     def _critic(self):
         """The critic that is trained along, started from the reward model or from the actor, or None."""

@@ -12,7 +12,7 @@ from rlhfkit.trainer import arguments, loss_judge, prepare, rows_for, train
 
 def run(config):
     model, tokenizer, family = prepare(config)
-    rows, dev, _ = rows_for(config, lambda records: text_rows(records, family, tokenizer, config.max_length))
+    rows, dev, _ = rows_for(config, partial(text_rows, family=family, tokenizer=tokenizer, max_length=config.max_length))
     trainer = Trainer(model=model, args=TrainingArguments(**arguments(config, rows)), train_dataset=rows,
                       data_collator=partial(collate, pad_id=tokenizer.pad_token_id))
     return train(config, trainer, tokenizer, loss_judge(config, dev, tokenizer.pad_token_id))

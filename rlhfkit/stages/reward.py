@@ -17,7 +17,8 @@ from rlhfkit.trainer import arguments, prepare, rows_for, train
 
 def run(config):
     model, tokenizer, family = prepare(config, partial(RewardModel.from_causal, seed=config.seed))
-    rows, dev, _ = rows_for(config, lambda records: reward_rows(records, family, tokenizer, config.max_length))
+    rows, dev, _ = rows_for(config, partial(reward_rows, family=family, tokenizer=tokenizer, max_length=config.max_length,
+                                         max_answers=config.max_answers))
     batches = partial(collate_answers, pad_id=tokenizer.pad_token_id)
     trainer = PairTrainer(model=model, args=TrainingArguments(**arguments(config, rows)),
                           train_dataset=rows, data_collator=batches)

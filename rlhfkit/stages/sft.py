@@ -13,8 +13,8 @@ from rlhfkit.trainer import arguments, loss_judge, prepare, rows_for, train
 
 def run(config):
     model, tokenizer, family = prepare(config)
-    rows, dev, dev_records = rows_for(config, lambda records: sft_rows(
-        records, family, tokenizer, config.max_length, config.packing))
+    rows, dev, dev_records = rows_for(config, partial(
+        sft_rows, family=family, tokenizer=tokenizer, max_length=config.max_length, packing=config.packing))
     answers = partial(answer_samples, tokenizer=tokenizer, family=family, records=dev_records, config=config)
     before = answers(model, step=0)
     trainer = Trainer(model=model, args=TrainingArguments(**arguments(config, rows)), train_dataset=rows,

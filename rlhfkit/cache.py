@@ -1,0 +1,284 @@
+"""Rows are tokenised once: `.rows/<key>/` beside the data holds them as Arrow, memory-mapped; it may be deleted at any time.
+
+The key is a hash of all that rows depend on: data, tokenizer, family, builder with its arguments, our code. Made by one
+process of a machine at a time, beside and then renamed; rows of other keys stay. The 2023 kit read and tokenised the whole
+file in each process at each start.
+"""
+import fcntl
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pyarrow as pa
+from joblib.externals.loky import get_reusable_executor
+
+from rlhfkit.formats import stream_records
+from rlhfkit.records import Answer, Record
+from rlhfkit.rows import AT_ONCE, FOLDER, NoRow, beside, data_files, data_hash, writable
+from rlhfkit.tokenizers.spread import _no_collection
+
+CHARACTERS = 1 << 22    # a chunk of records ends here, or at AT_ONCE of them: 200 MB of memory at the most
+HERE = 8                # so many chunks are tokenised in this process, a second each: others take 5 s to start
+LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "jieba")
+SOURCES = ("cache.py", "rows.py", "formats.py", "records.py", "encodings.py", "tokenizers/*.py")
+IDS = pa.large_list(pa.int32())
+TYPES = {"id": pa.int64(), "source": pa.string(), "record": pa.string(), "scores": pa.large_list(pa.float64()),
+         "answers": pa.large_list(IDS)}
+
+
+@dataclass
+class Prepared:
+    """What `prepared` found or made: rows, the held-out records, and `facts` (counts and reasons of what `aside.jsonl` lists)."""
+
+    folder: Path
+    train: Sequence
+    dev: Sequence
+    dev_records: Sequence
+    facts: dict
+    seconds: float = 0.0    # that it took to make them, 0 from the cache
+
+
+def prepared(config, build, num_proc=0):
+    """The rows of the run's data -> Prepared, beside the data or, where that cannot be written, in output_dir.
+
+    build: a functools.partial of a function of rows.py over family, tokenizer and other keywords; its `packing` is left to
+    the caller, so that the rows serve both ways. num_proc: processes, 0 for a core each, 16 at the most.
+    Raises ValueError when no record can be used.
+    """
+    start, files, key = time.perf_counter(), data_files(config.data_path), _key(config.data_path, build)
+    homes = beside(config.data_path), Path(config.output_dir) / FOLDER
+    found = next(filter(None, (_opened(home / key, files) for home in homes)), None)
+    if not found:
+        folder = homes[not writable(homes[0])] / key
+        folder.parent.mkdir(exist_ok=True)
+        with _alone(key):
+            if not _opened(folder, files):              # another process may have made it meanwhile
+                unpacked = partial(build, packing=False) if "packing" in arguments_of(build) else build
+                _make(folder, files, unpacked, num_proc or min(16, joblib.cpu_count()))
+        found = _opened(folder, files)
+        found.seconds = time.perf_counter() - start
+    return found
+
+
+def arguments_of(build):
+    """The keywords of a partial, those that its function has by default too."""
+    return {name: p.default for name, p in inspect.signature(build).parameters.items() if p.default is not p.empty}
+
+
+class Rows(Sequence):
+    """Rows of a file: rows[i] is a dict of plain Python, a slice a list of them; no other row is read.
+
+    `lengths`: tokens a row, numpy (N,), from the places where rows begin.
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+        file = pa.ipc.open_file(pa.memory_map(self.path))
+        self.batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
+
+    def __reduce__(self):
+        return Rows, (self.path,)
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        which = int(np.searchsorted(self.ends, index, "right"))
+        batch = self.batches[which]
+        index -= int(self.ends[which])                          # from the end of the batch
+        row = {name: _plain(column[index]) for name, column in zip(batch.schema.names, batch.columns)}
+        return row | {"record": _record(row["record"])} if "record" in row else row
+
+    @cached_property
+    def lengths(self):
+        names = [name for name in self.batches[0].schema.names if name == "answers" or name.endswith("_ids")]
+        return np.concatenate([sum(_lengths(batch[name]) for name in names) for batch in self.batches])
+
+
+class Streamed:
+    """The good records of a file, read anew by each loop over them."""
+
+    def __init__(self, path, count):
+        self.path, self.count = path, count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return stream_records(self.path, [])
+
+
+def _key(path, build):
+    """16 hexadecimal digits of all that the rows depend on. A tokenizer is what it writes of itself, wherever it is from."""
+    from datasets.fingerprint import Hasher             # a second that the processes which tokenise can do without
+    files, arguments = data_files(path), arguments_of(build)
+    family, tokenizer = arguments.pop("family"), arguments.pop("tokenizer")
+    arguments.pop("packing", None)
+    functions = [build.func, family.encode, family.encode_text, family.blank]
+    modules = [sys.modules.get(getattr(function, "__module__", None)) for function in functions]
+    code = {file for pattern in SOURCES for file in Path(__file__).parent.glob(pattern)}
+    code |= {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
+    values = [data_hash(path), [(file.name, file.stat().st_size) for file in files], build.func.__name__, family.name,
+              sorted(arguments.items()), [version(name) for name in LIBRARIES], Hasher.hash(functions)]     # of a notebook too
+    digest = hashlib.sha256(repr(values).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(code) + sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _opened(folder, files):
+    """What a whole folder holds, or None where there is none or it is damaged."""
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        (folder / "aside.jsonl").stat()
+        train, dev = Rows(folder / "train.arrow"), Rows(folder / "dev.arrow") if facts["dev"] else []
+        if (len(train), len(dev)) == (facts["train"], facts["dev"]):
+            held_out = Streamed(files[1], facts["dev_records"]) if files[1:] else []
+            return Prepared(folder, train, dev, held_out, facts)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        pass
+    return None
+
+
+@contextmanager
+def _alone(key):
+    """Waits until no other process of this user on this machine is in here with the same key; one that is killed is out."""
+    path = Path(tempfile.gettempdir()) / f"rlhfkit-{os.getuid()}-{key}.lock"
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        path.unlink(missing_ok=True)                            # whoever comes now finds what was made
+
+
+def _make(folder, files, build, num_proc):
+    mark = f".{folder.name}.{socket.gethostname()}."
+    for left in folder.parent.glob(f"{mark}*"):                 # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f"{mark}{os.getpid()}")
+    part.mkdir()
+    try:
+        reasons = Counter()
+        counts = [_make_split(part, split, file, build, num_proc, reasons) for split, file in zip(("train", "dev"), files)]
+        facts = {split: count["rows"] for split, count in zip(("train", "dev"), [*counts, Counter()])}
+        facts |= {"dev_records": counts[-1]["records"], "reasons": reasons.most_common(3), "aside": sum(reasons.values()),
+                  "total": sum(count["records"] + count["unread"] for count in counts)}
+        (part / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        if not _opened(folder, files):                          # another machine may have been quicker
+            shutil.rmtree(folder, ignore_errors=True)           # damaged
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _make_split(part, split, file, build, num_proc, reasons):
+    """Rows into <split>.arrow, what is set aside behind aside.jsonl, counted by reason -> Counter of rows, records, unread."""
+    counts, first, writer = Counter(), [], None
+    with ExitStack() as stack:
+        aside = stack.enter_context(open(part / "aside.jsonl", "a", encoding="utf-8"))
+        for records, unread, batch, unusable in _chunks(file, build, num_proc):
+            first = first or unusable[:1]
+            for row in [*unread, *(row | {"split": split} for row in unusable)]:
+                aside.write(json.dumps(row, ensure_ascii=False) + "\n")
+                reasons[re.sub(r"\d+", "n", row["reason"])] += 1
+            counts.update(records=records, unread=len(unread), rows=batch.num_rows if batch else 0)
+            if batch:
+                writer = writer or stack.enter_context(pa.ipc.new_file(part / f"{split}.arrow", batch.schema))
+                writer.write_batch(batch)
+    if split == "train" and not counts["records"]:
+        raise ValueError(f"data_path {file} holds no usable record; {counts['unread']} rows were set aside")
+    if counts["records"] and not counts["rows"]:
+        raise NoRow(counts["records"], first)
+    return counts
+
+
+def _chunks(file, build, num_proc):
+    """(number of records, rows that are none, RecordBatch or None, records that cannot be used) of each chunk, in order."""
+    parts = _parts(file)
+    first = list(itertools.islice(parts, HERE + 1))
+    parts = itertools.chain(first, parts)
+    if num_proc == 1 or len(first) <= HERE:
+        yield from ((len(records), unread, *_tokenised(build, records, start)) for start, records, unread in parts)
+        return
+    pool, waiting = get_reusable_executor(num_proc), deque()    # needs no guard in a script, unlike multiprocessing's
+    for start, records, unread in parts:
+        waiting.append((len(records), unread, pool.submit(_tokenised, build, records, start)))
+        if len(waiting) > 2 * num_proc:                         # memory is bounded
+            count, unread, made = waiting.popleft()
+            yield count, unread, *made.result()
+    for count, unread, made in waiting:
+        yield count, unread, *made.result()
+
+
+def _parts(file):
+    """(records before it, its records, rows between them that are none) of each chunk."""
+    start, records, unread, size = 0, [], [], 0
+    for record in stream_records(file, unread):
+        records.append(record)
+        size += sum(map(len, (record.prompt, *(answer.text for answer in record.answers))))
+        if len(records) == AT_ONCE or size >= CHARACTERS:
+            yield start, records, unread.copy()
+            start, records, size = start + len(records), [], 0
+            unread.clear()
+    if records or unread:
+        yield start, records, unread
+
+
+def _tokenised(build, records, start):
+    """-> (RecordBatch or None, records that cannot be used); ids go on from `start`."""
+    with _no_collection():
+        try:
+            rows, unusable = build(records)
+        except NoRow as error:
+            rows, unusable = [], error.rejected
+        for row in itertools.chain(rows, unusable):
+            row["id"] += start
+        if not rows:
+            return None, unusable
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        if "record" in columns:
+            columns["record"] = [json.dumps(astuple(record), ensure_ascii=False) for record in columns["record"]]
+        arrays = [pa.array(values, TYPES.get(name, IDS)) for name, values in columns.items()]
+        return pa.record_batch(arrays, list(columns)), unusable
+
+
+def _record(text):
+    prompt, answers, *others = json.loads(text)
+    return Record(prompt, tuple(Answer(*answer) for answer in answers), *others)
+
+
+def _plain(value):
+    """An Arrow scalar as Python; lists of numbers by way of numpy, five times as fast as Arrow's own."""
+    if not isinstance(value, pa.ListScalar):
+        return value.as_py()
+    if isinstance(value.values, pa.LargeListArray):
+        return [part.values.to_numpy().tolist() for part in value.values]
+    return value.values.to_numpy().tolist()
+
+
+def _lengths(column):
+    """Tokens of each row of a column of lists, or of lists of lists."""
+    ends = column.offsets.to_numpy()
+    return np.diff(column.values.offsets.to_numpy()[ends] if isinstance(column.values, pa.LargeListArray) else ends)
