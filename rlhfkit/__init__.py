@@ -25,7 +25,7 @@ _HOME = {
     "health": "doctor",
     "memory": "will_it_fit",
     "tasks": "Task TASKS",
-    "evaluation": "evaluate perplexity compare report_card score",
+    "evaluation": "evaluate tabulate perplexity compare win_rate report_card score leaderboard samples_table write_page",
     "bench": "sweep time_steps",
     "plots": "plot_history plot_margins plot_scores plot_memory plot_rows plot_lengths plot_answers",
 }

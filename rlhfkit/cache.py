@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
@@ -27,12 +27,11 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pyarrow as pa
-from joblib.externals.loky import get_reusable_executor
 
 from rlhfkit.formats import stream_records
 from rlhfkit.records import Answer, Record
 from rlhfkit.rows import AT_ONCE, FOLDER, NoRow, beside, data_files, data_hash, writable
-from rlhfkit.tokenizers.spread import _no_collection
+from rlhfkit.tokenizers.spread import no_collection
 
 CHARACTERS = 1 << 22    # a chunk of records ends here, or at AT_ONCE of them: 200 MB of memory at the most
 HERE = 8                # so many chunks are tokenised in this process, a second each: others take 5 s to start
@@ -220,16 +219,14 @@ def _chunks(file, build, num_proc):
     first = list(itertools.islice(parts, HERE + 1))
     parts = itertools.chain(first, parts)
     if num_proc == 1 or len(first) <= HERE:
-        yield from ((len(records), unread, *_tokenised(build, records, start)) for start, records, unread in parts)
+        yield from (_chunk(build, *part) for part in parts)
         return
-    pool, waiting = get_reusable_executor(num_proc), deque()    # needs no guard in a script, unlike multiprocessing's
-    for start, records, unread in parts:
-        waiting.append((len(records), unread, pool.submit(_tokenised, build, records, start)))
-        if len(waiting) > 2 * num_proc:                         # memory is bounded
-            count, unread, made = waiting.popleft()
-            yield count, unread, *made.result()
-    for count, unread, made in waiting:
-        yield count, unread, *made.result()
+    # two chunks a process wait at the most, so that memory is bounded
+    yield from joblib.Parallel(num_proc, return_as="generator")(joblib.delayed(_chunk)(build, *part) for part in parts)
+
+
+def _chunk(build, start, records, unread):
+    return len(records), unread, *_tokenised(build, records, start)
 
 
 def _parts(file):
@@ -248,7 +245,7 @@ def _parts(file):
 
 def _tokenised(build, records, start):
     """-> (RecordBatch or None, records that cannot be used); ids go on from `start`."""
-    with _no_collection():
+    with no_collection():
         try:
             rows, unusable = build(records)
         except NoRow as error:

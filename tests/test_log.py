@@ -243,16 +243,16 @@ def test_what_was_cut_is_counted_over_a_stop_too(tmp_path, tiny_path):
     assert abs(evaluate() - whole) <= 1 and evaluation.tabulate(tmp_path).attrs["cut"]["c3"] == evaluate()
 
 
-def test_a_reader_that_can_drop_shots_is_given_the_prompts_with_fewer():
+def test_the_scorer_is_given_the_prompts_with_fewer_shots():
     class Reader:
         cut = 0
 
-        def rank(self, records, choices, fewer=None):
-            self.asked, self.fewer = records, fewer
+        def rank(self, records, choices, shorter=()):
+            self.asked, self.shorter = records, shorter
             return [[0.0] * len(texts) for texts in choices], [r.prompt for r in records]
     reader, task = Reader(), TASKS["ceval"]
     examples, shown, _ = evaluation._load(task, samples.EVAL / "ceval", "val", 2, 1, None)
     [line] = evaluation._answered(task, evaluation._questions(task, "val", examples, shown, ""), reader)
-    [[one, none]] = reader.fewer
+    [[one, none]] = reader.shorter
     assert none == task.render(examples[0], ())[0] and one == task.render(examples[0], shown[0][:1])[0]
     assert line["prompt"] == reader.asked[0].prompt and line["shots"] == 2

@@ -18,10 +18,14 @@ def bins(lengths, max_length):
     return [order[a:b].tolist() for a, b in zip(starts, starts[1:])]
 
 
-def test_the_longest_go_first_and_each_where_it_leaves_least_room():
-    # 5; 4; 3; the second 3 beside the first; 2 beside 4, which it fills, and not beside nothing; 1 beside 5
+def test_long_rows_go_first_the_longest_first_and_then_each_where_it_leaves_least_room():
+    # 5 and 4 are longer than half: a bin each; then in order 2 fills 4's bin, 3 has one of its own, 1 fills 5's, 3 goes to 3
     assert bins([2, 5, 3, 4, 1, 3], 6) == [[0, 3], [1, 4], [2, 5]]
     assert bins([4, 3, 2, 1, 1], 6) == [[0, 2], [1, 3, 4]]
+
+
+def test_short_rows_stay_in_their_order_so_that_rows_of_one_length_are_not_put_together():
+    assert bins([2, 3, 2, 3, 2, 3], 9) == [[0, 1, 2, 4], [3, 5]]               # 7 of 9, where a 2 fits and no 3
 
 
 def test_rows_of_one_length_fill_row_after_row():
@@ -49,7 +53,8 @@ def test_no_row_is_lost_none_is_twice_and_no_bin_is_too_long(max_length):
 
 def test_machine_code_and_python_pack_alike():
     lengths = np.random.default_rng(0).integers(1, 33, 400)
-    for one, other in zip(best_fit(lengths, 32), getattr(_best_fit, "py_func", _best_fit)(lengths, 32)):
+    order = np.random.default_rng(1).permutation(400)
+    for one, other in zip(_best_fit(lengths, order, 32), getattr(_best_fit, "py_func", _best_fit)(lengths, order, 32)):
         assert np.array_equal(one, other)
 
 

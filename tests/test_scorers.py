@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rlhfkit import evaluation, samples
+from rlhfkit.evaluation import scorers
 from rlhfkit.evaluation.scorers import TokenModel, loglikelihoods
 from rlhfkit.models.pangu import PanguConfig, PanguForCausalLM
 from rlhfkit.models.value import RewardModel
@@ -94,6 +96,34 @@ def test_long_items_lose_the_beginning_of_their_context_never_a_choice(small):
     assert (record.prompt + "答：").endswith(prompt) and prompt.endswith("问：青石桥有多长？\n答：")
     assert tails == [small[1].encode_texts([t])[0] for t in ("十二米", "四年")]
     assert len(ids) + max(map(len, tails)) > 80                                     # and no more than needed
+
+
+def test_long_items_lose_shots_from_the_end_before_their_context_is_cut(small):
+    reader, shots = TokenModel(*small), ["问：春天去哪里？答：山里\n", "问：桥有多长？答：十二米\n", "问：" + "桥" * 80 + "？答：四年\n"]
+    records = [Record("".join(shots[:n]) + "问：谁有姐姐？\n", prefix="答：") for n in (3, 2, 1, 0)]
+    choices = ("小李", "小王")
+    scores, prompts = reader.rank([records[0], records[1]], [choices] * 2, [records[1:], records[2:]])
+    assert reader.cut == 1 and prompts == [records[1].prompt + "答："] * 2 and scores[0] == pytest.approx(scores[1], abs=1e-5)
+    long = Record("文" * 200 + records[3].prompt, prefix="答：")
+    _, (prompt,) = reader.rank([long], [choices], [[replace(long, prompt=long.prompt[1:])]])
+    assert reader.cut == 2 and prompt.endswith("文问：谁有姐姐？\n答：") and 60 < len(small[1].encode_texts([prompt])[0]) < 96
+    answers, prompts = reader.answer([records[0], records[3]], 4, shorter=[records[1:], []])
+    assert reader.cut == 3 and len(answers) == 2 and prompts == [records[1].prompt + "答：", records[3].prompt + "答："]
+
+
+def test_a_plan_of_part_of_the_requests_at_a_time_changes_no_score(small, monkeypatch):
+    records = [Record(f"问：{text}？\n", prefix="答：") for text in ("谁有姐姐", "谁有弟弟", "桥有多长")]
+    together = TokenModel(*small).rank(records, [("小李", "小王")] * 3)
+    monkeypatch.setattr(scorers, "AT_ONCE", 1)
+    apart = TokenModel(*small).rank(records, [("小李", "小王")] * 3)
+    assert apart[1] == together[1] and sum(apart[0], []) == pytest.approx(sum(together[0], []), abs=1e-5)
+
+
+def test_a_model_that_caps_its_logits_is_refused_since_its_head_alone_is_read(small):
+    config = Gemma2Config(vocab_size=small[1].vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.1)
+    with pytest.raises(ValueError, match="logits of Gemma2ForCausalLM are not its head's"):
+        TokenModel(Gemma2ForCausalLM(config), small[1])
 
 
 def test_a_label_before_a_long_article_stays_and_the_article_loses_its_end(small):

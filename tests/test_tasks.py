@@ -2,16 +2,18 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from rlhfkit import samples
-from rlhfkit.tasks import TASKS, ceval, find_tasks, mmlu
+from rlhfkit.tasks import TASKS, ceval, cmmlu, find_tasks, mmlu
 from rlhfkit.tasks.cmrc2018 import score, units
 from rlhfkit.tasks.task import Task
 
-ROWS = {"ocnli": (13, 2096), "tnews": (15, 7000), "c3": (8, 2653), "cmrc2018": (8, 2270), "ceval": (12, 971),
-        "mmlu": (12, 1597)}                                        # ours, real
+ROWS = {"ocnli": (13, 2096), "cmnli": (10, 4302), "chid": (12, 1179), "cmrc2018": (8, 2270), "cluewsc2020": (9, 210),
+        "c3": (8, 2653), "afqmc": (8, 3022), "csl": (8, 2094), "iflytek": (10, 1820), "tnews": (15, 7000),
+        "ceval": (12, 971), "cmmlu": (12, 938), "mmlu": (12, 1597)}         # ours, real
 
 
 def examples(name, root=samples.EVAL, split=None):
@@ -64,11 +66,6 @@ def test_a_shot_stands_before_the_question_with_its_right_answer():
     assert "问：书店二楼是什么？\n答：免费的阅览室\n\n阅读文章：" in record.prompt
 
 
-def test_tnews_ranks_all_fifteen_labels():
-    """The 2023 kit ranked the right label against three drawn at random, which is another and easier task."""
-    assert len(TASKS["tnews"].render(examples("tnews")[0], ())[1]) == 15
-
-
 def test_c3_questions_keep_their_own_number_of_choices(shared):
     """The 2023 kit grouped rows in fours, so that one question with two choices shifted all groups after it."""
     counts = [len(TASKS["c3"].render(e, ())[1]) for e in examples("c3", shared / "data/eval")]
@@ -94,11 +91,24 @@ def test_cmrc_units_are_chinese_characters_and_words():
     assert units("在 New York，1,000 人(约3.5%)") == ["在", "new", "york1,000", "人", "(", "约", "3.5", "%", ")"]
 
 
-def test_exam_items_carry_subject_and_category():
+def test_exam_items_carry_subject_category_and_the_groups_that_cut_across():
     first = examples("ceval")[0]
     subject = "middle_school_physics"
-    assert (first["id"], first["subject"], first["category"]) == (f"{subject}/0", subject, "STEM")
-    assert len(ceval.SUBJECTS) == 52 and len(mmlu.SUBJECTS) == 57
+    assert (first["id"], first["subject"], first["category"], first["groups"]) == (f"{subject}/0", subject, "STEM", ())
+    groups = {e["subject"]: e["groups"] for e in examples("cmmlu")}
+    assert groups == {"high_school_mathematics": (), "world_history": (), "chinese_food_culture": ("China specific",)}
+
+
+def test_the_subjects_of_the_exams_are_those_of_their_authors(shared):
+    counts = [Counter(exam.SUBJECTS.values()) for exam in (ceval, cmmlu, mmlu)]
+    assert counts == [{"STEM": 20, "Social Science": 10, "Humanities": 11, "Other": 11},
+                      {"STEM": 17, "Social Science": 22, "Humanities": 13, "Other": 15},
+                      {"STEM": 19, "Social Sciences": 12, "Humanities": 13, "Other": 13}]
+    for exam in (ceval, cmmlu, mmlu):
+        assert {e["subject"] for e in examples(exam.TASK.name, shared / "data/eval")} == set(exam.SUBJECTS)
+    hard = Counter(e["subject"] for e in examples("ceval", shared / "data/eval") if e["groups"] == ("hard",))
+    assert set(hard) == set(ceval.HARD) and len(hard) == 8
+    assert len(cmmlu.CHINA) == 15 and set(cmmlu.CHINA) < set(cmmlu.SUBJECTS)
 
 
 def test_missing_files_say_which_layout_was_expected(tmp_path):
@@ -115,6 +125,13 @@ def test_missing_files_say_which_layout_was_expected(tmp_path):
     ("tnews", '{"label": "105", "sentence": "a"}', "label '105'"),
     ("c3", '{"a": 1}', "cannot be read"),
     ("c3", '[[["a"], [{"question": "q", "choice": ["x", "y"], "answer": "z"}], "1"]]', "none of the choices"),
+    ("afqmc", '{"sentence1": "a", "sentence2": null}', "sentence2 is None; it must be a text"),
+    ("iflytek", '{"label": 119, "sentence": "a"}', "label 119; it must be one of 0, 1,"),
+    ("csl", '{"abst": "a", "keyword": "b", "label": "1"}', "keyword is 'b'; it must be a list of texts"),
+    ("cluewsc2020", '{"text": "他来了"}', "target lacks span1_text"),
+    ("cluewsc2020", '{"text": "她来了", "target": {"span1_text": "a", "span2_text": "她", "span2_index": 1}}', "not stand there"),
+    ("chid", '{"content": "#idiom000001#", "candidates": ["a"]}', "content is .*; it must be a list of texts"),
+    ("chid", '{"content": ["#idiom000001#", "#idiom000001#"], "candidates": ["a", "b"]}', "#idiom000001# stands there twice"),
     ("cmrc2018", '{"data": [{}]}', "expected cmrc2018/"),
     ("cmrc2018", '{"data": [{"paragraphs": [{"context": "a"}]}]}', "lacks qas"),
 ])
@@ -147,6 +164,17 @@ def test_bad_csv_files_are_named(tmp_path):
 def test_rows_without_a_label_have_no_gold():
     assert [e["gold"] for e in examples("ceval", split="test")] == [None, None]
     assert examples("ocnli")[-1]["gold"] is None
+
+
+@pytest.mark.parametrize("name, row", [
+    ("ocnli", {"sentence1": "a", "sentence2": "b"}), ("cmnli", {"sentence1": "a", "sentence2": "b"}),
+    ("afqmc", {"sentence1": "a", "sentence2": "b"}), ("csl", {"abst": "a", "keyword": ["b"]}), ("iflytek", {"sentence": "a"}),
+    ("tnews", {"sentence": "a"}),
+    ("cluewsc2020", {"text": "他来了", "target": {"span1_text": "a", "span2_text": "他", "span2_index": 0}})])
+def test_a_label_that_is_missing_empty_or_a_dash_is_no_gold(tmp_path, name, row):
+    rows = [row, row | {"label": None}, row | {"label": ""}, row | {"label": "-"}]
+    (tmp_path / "test.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [e["gold"] for e in TASKS[name].load(tmp_path, "test")] == [None] * 4
 
 
 def test_an_unknown_task_offers_the_nearest_names():

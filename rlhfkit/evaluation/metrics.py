@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 Z = 1.959963984540054           # 97.5 % point of the normal distribution
+Z_POWER = 0.8416212335729143    # 80 % point
 
 
 def credit(scores, gold):
@@ -40,6 +41,19 @@ def mean_interval(values):
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
+def macro_interval(groups):
+    """95 % normal interval (low, high) of the mean of the groups' means, cut to [0, 1]; groups: lists of scores in [0, 1].
+
+    One variance within groups for all, so that a group of one item counts too; where it is 0, the means are the items.
+    """
+    means, n = [float(np.mean(group)) for group in groups], sum(map(len, groups))
+    within = sum(float(np.var(group)) * len(group) for group in groups) / max(1, n - len(groups))
+    if within == 0:
+        return mean_interval(means)
+    half = Z * math.sqrt(within * sum(1 / len(group) for group in groups)) / len(groups)
+    return max(0.0, float(np.mean(means)) - half), min(1.0, float(np.mean(means)) + half)
+
+
 def paired_interval(differences, resamples=2000, seed=0):
     """95 % interval (low, high) of the mean difference over paired items: percentiles of a bootstrap (Efron 1979)."""
     differences, rng = np.asarray(differences, dtype=np.float64), np.random.default_rng(seed)
@@ -53,3 +67,10 @@ def mcnemar(differences):
     up, down = sum(bool(d > 0) for d in differences), sum(bool(d < 0) for d in differences)     # Python ints: 2 ** 188
     tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
     return min(1.0, 2 * tail / 2 ** (up + down))
+
+
+def detectable(differences):
+    """The smallest true mean difference that a two-sided 5 % test over as many paired items finds in 80 % of cases, from
+    their own variance (normal approximation); NaN where the differences do not vary, which says nothing of others."""
+    spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+    return (Z + Z_POWER) * spread / math.sqrt(len(differences)) if spread else math.nan

@@ -2,61 +2,69 @@
 
 A token is scored from the logits of the position before it, through one log_softmax, and only tokens of the choice
 count; the 2023 kit scored each token from its own position and applied softmax twice, so that a perfect model looked
-uniform. Results do not depend on batch size or order.
+uniform. Results do not depend on batch size, order, padding or on what is shared (prefixes.py).
 """
 import math
 import os
 from dataclasses import replace
+from functools import lru_cache
+from itertools import zip_longest
 
 import pandas as pd
 import torch
 
 from rlhfkit.engine import device
+from rlhfkit.evaluation.prefixes import Runner, plan, reads_ahead, want
 from rlhfkit.families import family_of, load_model, load_tokenizer
 from rlhfkit.models import value
+from rlhfkit.records import Record
 from rlhfkit.rollout import sample
 from rlhfkit.rows import pad, text_of
 
-BATCH_TOKENS = 8192         # positions of a forward pass, padding included
-HEAD_ROWS = 1024            # positions that go through the head at once: 164 MB of float32 logits for 40,000 pieces
+BATCH_TOKENS = 8192         # positions of a batch of answers or of reward scores, padding included
+AT_ONCE = 4_000_000         # tokens of requests that are planned together: about 300 MB of lists
 POSITIONS = ("max_position_embeddings", "max_sequence_length", "seq_length", "model_max_length")
 
 
 @torch.no_grad()
-def loglikelihoods(model, requests, batch_tokens=BATCH_TOKENS):
-    """(prompt_ids, continuation_ids) each -> sum of ln p(token | all before it) over the continuation, in nats.
+def loglikelihoods(model, requests, batch_tokens=None, batch_size=None, side="right", share=True):
+    """(prompt_ids, continuation_ids) each -> sum of ln p(token | all before it) over the continuation, in nats, float64.
 
-    Summed in float64; right-padded batches of like length. Requests that differ in their last token only, such as
-    four letters, share one row. ValueError for a request without a prompt or continuation token.
+    What requests share is run once: whole prompts of models that read them both ways, any beginning in the others.
+    batch_tokens: positions of a batch, what is attended to included (None: by free memory); batch_size: its rows; side: of
+    the pads of rows without a shared beginning; share: False runs every row whole. ValueError for a request without a
+    prompt or continuation token.
     """
-    rows = {}
+    if not requests:
+        return []
+    rows, ends, trained = {}, [], trained_length(model.config)
     for number, (prompt, continuation) in enumerate(requests):
         if not prompt or not continuation:
             raise ValueError(f"request {number} has {len(prompt)} prompt and {len(continuation)} continuation tokens; "
                              "it needs one of each")
-        rows.setdefault((*prompt, *continuation[:-1]), []).append(number)
-    totals, was_training = torch.zeros(len(requests), dtype=torch.float64), model.training
+        ends.append((*prompt, *continuation[:-1]))
+        rows[ends[-1]] = max(len(prompt), rows.get(ends[-1], 0))
+    share = share and not model._is_stateful                # a recurrent state is no past that rows can be continued from
+    uncut = {row: len(row) for row in rows if not share or len(row) > trained}
+    was_training, ahead = model.training, False
     model.eval()
-    for batch in _batches(list(rows), batch_tokens):
-        ids, mask = _padded(batch, model)                                                               # (B, T)
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
-        wanted = [(b, len(requests[n][0]) - 1 + t, token, n) for b, row in enumerate(batch) for n in rows[row]
-                  for t, token in enumerate(requests[n][1])]
-        for start in range(0, len(wanted), HEAD_ROWS):
-            row, time, token, owner = torch.tensor(wanted[start:start + HEAD_ROWS], device=ids.device).T    # (N,)
-            logits = model.get_output_embeddings()(hidden[row, time]).float()                               # (N, V)
-            logps = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-            totals.index_add_(0, owner.cpu(), logps.double().cpu())
+    roots, leaves = plan(dict.fromkeys(rows, 0) | uncut)
+    if any(root.children for root in roots) and (ahead := reads_ahead(model, max(rows, key=rows.get))):
+        roots, leaves = plan(rows | uncut)
+    runner = Runner(model, len(requests), max(map(len, rows)), batch_tokens, batch_size, side, ahead)
+    for number, ((prompt, continuation), row) in enumerate(zip(requests, ends)):
+        want(leaves[row], number, len(prompt) - 1, continuation)
+    runner.run(roots)
     model.train(was_training)
-    return totals.tolist()
+    return runner.totals.tolist()
 
 
 def perplexity(model, records):
     """Table of held-out perplexity: source, perplexity, tokens, characters, nats_per_character; the total first.
 
-    model: a path or a (model, tokenizer) pair. A record's text is prompt, prefix and best answer; every token
-    is predicted once, in windows of the model's positions that each have the family's beginning. Perplexities of models with different tokenizers do
-    not compare; nats a character do.
+    model: a path or a (model, tokenizer) pair. A record's text is prompt, prefix and best answer; every token is predicted
+    once, in windows of the model's positions that each have the family's beginning. Perplexities of models with different
+    tokenizers do not compare; nats a character do.
     """
     reader, records, requests, owners = open_model(model), list(records), [], []
     if not isinstance(reader, TokenModel):
@@ -65,7 +73,7 @@ def perplexity(model, records):
         raise ValueError("records is empty; there is no text to measure")
     for number, record in enumerate(records):
         read, ids = reader.family.encode_text(reader.tokenizer, text_of(record))
-        read, ids = (read, ids) if read else (ids[:1], ids[1:])             # without a beginning the first token is not predicted
+        read, ids = (read, ids) if read else (ids[:1], ids[1:])     # without a beginning the first is not predicted
         room = reader.positions - len(read) + 1
         for start in range(0, len(ids), room):
             requests.append((read, ids[start:start + room]))
@@ -115,34 +123,47 @@ class TokenModel:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.family, self.cut = model, tokenizer, family_of(model.config), 0
         self.positions = positions(model.config)
+        self.tail = lru_cache(1024)(self._tail)                 # the letters of an exam are the same for all its items
+        _check_head(model)
 
-    def rank(self, records, choices):
-        """Records and the texts to rank after each -> (a list of scores each, the prompts as the model saw them)."""
-        fitted = [self._fit(record, texts) for record, texts in zip(records, choices)]
-        requests = [(ids, tail) for _, ids, tails in fitted for tail in tails]
-        return _regroup(loglikelihoods(self.model, requests), choices), [prompt for prompt, _, _ in fitted]
+    def rank(self, records, choices, shorter=()):
+        """Records and the texts to rank after each -> (a list of scores each, the prompts as the model saw them).
 
-    def answer(self, records, max_new_tokens, temperature=0.0):
-        """Records -> (answers, the prompts as the model saw them); temperature 0 is greedy."""
-        fitted = [self._fit(record, (), max_new_tokens) for record in records]
+        shorter: for each record those that take its place where it is too long, each with one shot less than the last."""
+        scores, prompts, requests, size = [], [], [], 0
+        for record, texts, others in zip_longest(records, choices, shorter):
+            prompt, ids, tails = self._fit(record, texts, shorter=others)
+            prompts.append(prompt)
+            requests += [(ids, tail) for tail in tails]
+            size += sum(len(ids) + len(tail) for tail in tails)
+            if size > AT_ONCE:
+                scores, requests, size = scores + loglikelihoods(self.model, requests), [], 0
+        return _regroup(scores + loglikelihoods(self.model, requests), choices), prompts
+
+    def answer(self, records, max_new_tokens, temperature=0.0, shorter=()):
+        """Records -> (answers, the prompts as the model saw them); temperature 0 is greedy; shorter: as in `rank`."""
+        fitted = [self._fit(record, (), max_new_tokens, others) for record, others in zip_longest(records, shorter)]
         order = sorted(range(len(fitted)), key=lambda i: len(fitted[i][1]))
         longest = len(fitted[order[-1]][1]) + max_new_tokens
-        rows = sample(self.model, [fitted[i][1] for i in order], max_new_tokens, self.family.end_ids(self.tokenizer), self.tokenizer.pad_token_id,
-                      temperature, batch_size=max(1, BATCH_TOKENS // longest))
+        rows = sample(self.model, [fitted[i][1] for i in order], max_new_tokens, self.family.end_ids(self.tokenizer),
+                      self.tokenizer.pad_token_id, temperature, batch_size=max(1, BATCH_TOKENS // longest))
         answers = {i: self.tokenizer.decode(row) for i, row in zip(order, rows)}
         return [answers[i] for i in range(len(fitted))], [prompt for prompt, _, _ in fitted]
 
-    def _fit(self, record, texts, reserve=0):
+    def _fit(self, record, texts, reserve=0, shorter=None):
         """(prompt text, prompt ids, ids of each text without its end token), together within the model's positions.
 
-        What is too long loses the beginning of its prompt, the same for all texts. Only where the texts alone are too
-        long, in templates whose label is followed by an article, the end of each text goes too, equally many tokens.
+        What is too long loses shots from the end, then the beginning of its prompt, the same for all texts. Only where the
+        texts alone are too long, in templates whose label is followed by an article, the end of each goes too, equally many
+        tokens.
         """
-        last = replace(record, prompt=record.prompt.rstrip()[-1:])      # the texts' ids do not depend on it
-        tails = [self.family.encode(self.tokenizer, last, text)[1][:-1] for text in texts]
+        tails = [self.tail(record.prefix, text) for text in texts]
         room = self.positions - max([reserve, *map(len, tails)])
-        ids = self.family.encode(self.tokenizer, record)[0]
+        ids, others = self.family.encode(self.tokenizer, record)[0], iter(shorter or ())
         self.cut += len(ids) > room
+        while len(ids) > room and (other := next(others, None)):
+            record, ids = other, self.family.encode(self.tokenizer, other)[0]
+        last = replace(record, prompt=record.prompt.rstrip()[-1:])
         while len(ids) > room and record != last:
             rest = record.prompt[math.ceil((len(ids) - room) * len(record.prompt) / len(ids)):]
             record = replace(record, prompt=rest) if rest.strip() else last
@@ -154,6 +175,9 @@ class TokenModel:
                              f"{(record.prompt + record.prefix)[-20:]!r}; take a model with more positions")
         return record.prompt + record.prefix, ids, tails
 
+    def _tail(self, prefix, text):
+        return self.family.encode(self.tokenizer, Record("。", prefix=prefix), text)[1][:-1]        # whatever the prompt is
+
 
 class StringModel:
     """Somebody's object that takes strings: it gets prompt + prefix as they stand, and nothing is cut."""
@@ -163,12 +187,12 @@ class StringModel:
     def __init__(self, model):
         self.model = model
 
-    def rank(self, records, choices):
+    def rank(self, records, choices, shorter=()):
         prompts = [record.prompt + record.prefix for record in records]
         requests = [(prompt, text) for prompt, texts in zip(prompts, choices) for text in texts]
         return _regroup(map(float, self._ask("loglikelihoods", requests)), choices), prompts
 
-    def answer(self, records, max_new_tokens, temperature=0.0):
+    def answer(self, records, max_new_tokens, temperature=0.0, shorter=()):
         prompts = [record.prompt + record.prefix for record in records]
         return self._ask("generate", prompts, max_new_tokens=max_new_tokens), prompts
 
@@ -186,6 +210,26 @@ class StringModel:
 def positions(config):
     """A model's positions, from whichever of the usual names its config has; a billion where it states none."""
     return next((n for n in (getattr(config, name, None) for name in POSITIONS) if isinstance(n, int)), 10 ** 9)
+
+
+def trained_length(config):
+    """The least number of positions that a config names; the rotary angles of longer rows may follow their own length."""
+    scaled = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+    return min((n for n in (scaled, *(getattr(config, name, None) for name in POSITIONS)) if isinstance(n, int)), default=10 ** 9)
+
+
+@torch.no_grad()
+def _check_head(model):
+    """ValueError for a model that does more than its head to the last hidden states, such as capping logits."""
+    ids, was_training = torch.tensor([[0, 1]], device=next(model.parameters()).device), model.training
+    model.eval()
+    logits = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    same = torch.allclose(whole, logits, rtol=0, atol=1e-3 * float(logits.abs().max()))
+    model.train(was_training)
+    if not same:
+        raise ValueError(f"the logits of {type(model).__name__} are not its head's of its last hidden states; give an "
+                         "object with loglikelihoods and generate that asks it")
 
 
 def _regroup(scores, choices):

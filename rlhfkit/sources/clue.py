@@ -6,8 +6,8 @@ from rlhfkit.records import Answer, Record, set_aside
 from rlhfkit.sources.raw import TEMPLATES, files, first_share, share
 from rlhfkit.tasks import TASKS
 
-NAMES = tuple(name for name in TASKS if name not in ("ceval", "mmlu", "cmmlu", "couplets"))
-LAYOUT = tuple(f"{place}{name}/train*.json" for place in ("clue/", "") for name in NAMES)
+NAMES = tuple(name for name in TASKS if not name.startswith(("ceval", "mmlu", "cmmlu", "couplets")))
+LAYOUT = tuple(f"{place}{name}/*train*.json" for place in ("clue/", "") for name in NAMES)
 
 
 def read(folder, rejected, seed=0, template=TEMPLATES["HEAD"], part=(0, 1)):

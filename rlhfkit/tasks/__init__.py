@@ -4,10 +4,12 @@
 """
 from difflib import get_close_matches
 
-from rlhfkit.tasks import c3, ceval, cmrc2018, couplets, mmlu, ocnli, tnews
+from rlhfkit.tasks import (afqmc, c3, ceval, ceval_cot, chid, cluewsc2020, cmmlu, cmnli, cmrc2018, couplets, csl, iflytek, mmlu,
+                           ocnli, tnews)
 from rlhfkit.tasks.task import Task
 
-TASKS = {module.TASK.name: module.TASK for module in (ocnli, tnews, c3, cmrc2018, ceval, mmlu, couplets)}
+TASKS = {module.TASK.name: module.TASK for module in (
+    ocnli, cmnli, chid, cmrc2018, cluewsc2020, c3, afqmc, csl, iflytek, tnews, ceval, ceval_cot, cmmlu, mmlu, couplets)}
 
 
 def find_tasks(tasks):

@@ -29,11 +29,14 @@ CATEGORIES = {
 }
 NAMES = dict(pair.split("=") for subjects in CATEGORIES.values() for pair in subjects.split())
 SUBJECTS = {pair.split("=")[0]: category for category, subjects in CATEGORIES.items() for pair in subjects.split()}
+HARD = ("advanced_mathematics", "discrete_mathematics", "probability_and_statistics", "college_chemistry", "college_physics",
+        "high_school_mathematics", "high_school_chemistry", "high_school_physics")
 LAYOUT = "ceval/{dev,val,test}/<subject>_<split>.csv with a header: id,question,A,B,C,D,answer (test: no answer)"
 
 
-def load(folder, split):
-    return load_exam(folder, split, SUBJECTS, ("id", "question", "A", "B", "C", "D"), True, LAYOUT)
+def load(folder, split, extra=()):
+    fields = ("id", "question", "A", "B", "C", "D")
+    return load_exam(folder, split, SUBJECTS, fields, True, LAYOUT, groups={"hard": HARD}, extra=extra)
 
 
 def intro(example):

@@ -65,5 +65,5 @@ def _articles(file):
         raise ValueError(f"{file} cannot be read ({error!r}); expected {LAYOUT}") from error
 
 
-TASK = Task("cmrc2018", load, template(ask, "\n\n"), "generation", shot_splits=("train", "trial"), metric=score,
+TASK = Task("cmrc2018", load, template(ask, "\n\n"), "generation", shot_splits=("train", "trial", "dev"), metric=score,
             max_new_tokens=50)

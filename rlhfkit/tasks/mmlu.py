@@ -1,7 +1,8 @@
 """MMLU: 57 subjects in English, four choices, five dev rows a subject as shots.
 
 The template is the 2023 kit's, its full-width colon after Answer included, so that the letter follows without a space
-as in C-Eval; unlike there, the instruction stands before zero-shot questions too.
+as in C-Eval; the instruction stands before zero-shot questions too. Categories are the kit's and lm-eval's: the authors'
+own table has anatomy under Other.
 """
 from rlhfkit.tasks.exam import LETTERS, ask_exam, load_exam
 from rlhfkit.tasks.task import Task, template

@@ -3,22 +3,20 @@
 The label stands in the middle, so the label *and the text behind it* are scored, given what all candidates share at the
 left, the first sentence. The 2023 kit scored the whole text, unshifted.
 """
-from rlhfkit.tasks.task import Task, find_files, index_of, read_json_lines, template
+from rlhfkit.tasks.task import Task, index_of, lines_loader, template
 
 LABELS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
-LAYOUT = ('ocnli/{train,dev}.json, JSON lines with "sentence1", "sentence2" and "label": '
+LAYOUT = ('{}/{{train,dev}}.json, JSON lines with "sentence1", "sentence2" and "label": '
           'entailment, neutral, contradiction, or - for none')
 
 
-def load(folder, split):
-    [file] = find_files(folder, [f"{split}.json"], LAYOUT)
-    rows = read_json_lines(file, ("sentence1", "sentence2"))
-    return [{"id": f"{i}", "first": row["sentence1"], "second": row["sentence2"],
-             "gold": index_of(row.get("label"), LABELS, f"{file}, row {i + 1}")} for i, row in enumerate(rows)]
+def loader(name):
+    return lines_loader(LAYOUT.format(name), ("sentence1", "sentence2"), lambda row, where: {
+        "first": row["sentence1"], "second": row["sentence2"], "gold": index_of(row.get("label"), LABELS, where)})
 
 
 def ask(example):
     return f"{example['first']}?", "", tuple(f"{word}，{example['second']}" for word in LABELS.values())
 
 
-TASK = Task("ocnli", load, template(ask))
+TASK = Task("ocnli", loader("ocnli"), template(ask))

@@ -1,7 +1,8 @@
 """What a benchmark is: where its rows are, how a row becomes a prompt, and how the model's answer is scored.
 
 Examples are plain dicts with `id` (unique in its split), `gold` (None: no label; such rows are left out and counted)
-and, where the benchmark has them, `subject` and `category`. The 2023 kit had a class of 88 lines for each benchmark.
+and, where the benchmark has them, `subject`, `category` and `groups`, further groups that cut across the categories. The
+2023 kit had a class of 88 lines for each benchmark.
 """
 import csv
 import io
@@ -28,7 +29,7 @@ class Task:
     render: Callable
     scoring: str = "choices"
     split: str = "dev"                  # scored when none is asked for
-    shot_splits: tuple = ("train",)     # the first of these that exists gives the shots
+    shot_splits: tuple = ("train", "fewclue_train_0", "dev")     # the first that exists and is not scored gives the shots
     metric: Callable | None = None
     max_new_tokens: int = 0
     temperature: float = 0.0            # 0 takes the likeliest token; above, what a policy does, drawn with fixed seeds
@@ -53,6 +54,20 @@ def template(ask, separator="\n", intro=lambda example: ""):
         prompt, prefix, choices = ask(example)
         return Record(prompt=separator.join([*parts, prompt]), prefix=prefix), choices, example["gold"]
     return render
+
+
+def lines_loader(layout, texts, make):
+    """A load function for `<split>.json` of JSON lines; texts: fields that must be one; `make(row, where)` gives the example."""
+    def load(folder, split):
+        [file] = find_files(folder, [f"{split}.json"], layout)
+        examples = []
+        for i, row in enumerate(read_json_lines(file, texts)):
+            where = f"{file}, row {i + 1}"
+            if bad := [f"{name} is {row[name]!r:.80}" for name in texts if not isinstance(row[name], str)]:
+                raise ValueError(f"{where}: {', '.join(bad)}; it must be a text")
+            examples.append({"id": f"{i}", **make(row, where)})
+        return examples
+    return load
 
 
 def find_files(folder, patterns, layout):
@@ -102,9 +117,18 @@ def check_fields(row, fields, where):
 
 
 def index_of(value, values, where):
-    """The place of a label among the known ones; None for a missing label and for `-`, where annotators disagreed."""
+    """The place of a label, a text or a number, among the known texts; None for a missing label and for `-`, where annotators
+    disagreed."""
     if value in (None, "", "-"):
         return None
-    if value not in values:
+    if str(value) not in values:
         raise ValueError(f"{where}: label {value!r}; it must be one of {', '.join(values)}, or - for none")
-    return list(values).index(value)
+    return list(values).index(str(value))
+
+
+def texts_of(row, name, where):
+    """The list of texts under a name, as a tuple: a bare text there would be taken apart into characters."""
+    value = row.get(name)
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError(f"{where}: {name} is {value!r:.80}; it must be a list of texts")
+    return tuple(value)

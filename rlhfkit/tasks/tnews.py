@@ -3,23 +3,18 @@
 All fifteen labels are ranked; the 2023 kit drew three wrong ones at random, others in every process. The topic stands
 before the headline, so the topic *and the text behind it* are scored, given 这是关于.
 """
-from rlhfkit.tasks.task import Task, find_files, index_of, read_json_lines, template
+from rlhfkit.tasks.task import Task, index_of, lines_loader, template
 
 LABELS = {"100": "故事", "101": "文化", "102": "娱乐", "103": "体育", "104": "财经", "106": "房产", "107": "汽车",
           "108": "教育", "109": "科技", "110": "军事", "112": "旅游", "113": "世界", "114": "股票", "115": "农业",
           "116": "游戏"}
 LAYOUT = 'tnews/{train,dev}.json, JSON lines with "label" (100 to 116) and "sentence"'
-
-
-def load(folder, split):
-    [file] = find_files(folder, [f"{split}.json"], LAYOUT)
-    rows = read_json_lines(file, ("sentence",))
-    return [{"id": f"{i}", "sentence": row["sentence"],
-             "gold": index_of(str(row.get("label", "")), LABELS, f"{file}, row {i + 1}")} for i, row in enumerate(rows)]
+load = lines_loader(LAYOUT, ("sentence",), lambda row, where: {
+    "sentence": row["sentence"], "gold": index_of(row.get("label"), LABELS, where)})
 
 
 def ask(example):
     return "这是关于", "", tuple(f"{topic}的文章:{example['sentence']}" for topic in LABELS.values())
 
 
-TASK = Task("tnews", load, template(ask), shot_splits=("train", "fewclue_train_0"))
+TASK = Task("tnews", load, template(ask))

@@ -87,7 +87,7 @@ def tables():
     return _Tables(keys, weights, math.log(1) - log_total, emit, start, move)
 
 
-def _compiled(function):
+def compiled(function):
     """numba.njit; machine code is kept on disk where a folder can be written, else made anew in each process (2 s)."""
     try:
         return numba.njit(function, cache=True) if numba else function
@@ -95,7 +95,7 @@ def _compiled(function):
         return numba.njit(function)
 
 
-@_compiled
+@compiled
 def _slot(keys, parent, code):
     """The slot of a node's child, or the free one where it would go. The root's slot is len(keys)."""
     key = np.int64(parent) << _SHIFT | np.int64(code)
@@ -105,7 +105,7 @@ def _slot(keys, parent, code):
     return slot
 
 
-@_compiled
+@compiled
 def _plant(codes, lengths, word_weights, keys, weights):
     """Put words into the trie; codes are their characters, one word after the other."""
     at = 0
@@ -119,7 +119,7 @@ def _plant(codes, lengths, word_weights, keys, weights):
         at += length
 
 
-@_compiled
+@compiled
 def _word_ends(codes, kinds, tables):
     """codes, kinds (n,) -> (n,) bool, true at each word's last character; newlines part texts and belong to no word."""
     ends = np.zeros(len(codes), np.bool_)
@@ -145,7 +145,7 @@ def _word_ends(codes, kinds, tables):
     return ends
 
 
-@_compiled
+@compiled
 def _best_route(codes, first, stop, tables, route, last):
     """Fill for each character of a block route, the best sum of weights from it on, and last, the last of its word."""
     route[stop] = 0.0
@@ -161,7 +161,7 @@ def _best_route(codes, first, stop, tables, route, last):
             route[i], last[i] = tables.unseen + route[i + 1], i
 
 
-@_compiled
+@compiled
 def _cut_run(codes, kinds, first, stop, tables, scores, before, ends):
     """Cut a run of one-character words anew: han by the model; letters and digits, with `.5` and `%`; other signs."""
     node = len(tables.keys)
@@ -190,7 +190,7 @@ def _cut_run(codes, kinds, first, stop, tables, scores, before, ends):
         first = i
 
 
-@_compiled
+@compiled
 def _viterbi(codes, first, stop, tables, scores, before, ends):
     """Mark the word ends of a run of han by its likeliest states; scores and before (n, 4) are overwritten."""
     for state in range(4):

@@ -25,7 +25,7 @@ def encode(sp, whole, texts, num_proc=1):
         raise ValueError(f"num_proc is {num_proc}; it is the number of processes that share the work: give 1 or more")
     some = list(batches(texts))
     num_proc = min(num_proc, len(some))
-    with _no_collection():
+    with no_collection():
         if num_proc > 1:
             model = sp.serialized_model_proto()
             results = Parallel(num_proc)(delayed(_encode_elsewhere)(model, whole, batch) for batch in some)
@@ -53,7 +53,7 @@ def batches(texts):
 
 
 @contextmanager
-def _no_collection():
+def no_collection():
     """Python does not look for garbage here: it would walk millions of new lists again and again (1.4 times as long)."""
     enabled = gc.isenabled()
     gc.disable()
