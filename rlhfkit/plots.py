@@ -79,6 +79,7 @@ def plot_scores(*tables, labels=(), title=""):
         ends = [[place + side * width / 2 for place in places] for side in (-1, 1)]
         ax.vlines(table["chance"], *ends, color="black", linestyle=":", label="" if number else "chance")
     tasks = [task for task, _ in rows]
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 0.24 * len(rows) + 0.8))
     ax.set_yticks(range(len(rows)), [f"{task} {metric}" if tasks.count(task) > 1 else task for task, metric in rows])
     ax.set(xlabel="score, 95 % interval", xlim=(0, 1))
     ax.invert_yaxis()

@@ -130,6 +130,13 @@ def test_every_name_and_type_in_a_recipe_is_one_of_its_notebooks_parameters(path
         assert type(value).__name__ == known[key]["inferred_type_name"], f"{key}: {value!r} (for YAML 1e-5 is text)"
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_that_counts_epochs_is_not_stopped_by_the_notebooks_own_number_of_steps(path):
+    """The tiny runs' max_steps would win: the recipes for reward models and DPO once trained a few hundred steps only."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert "num_epochs" not in given or given["max_steps"] == 0
+
+
 def test_one_e_minus_five_in_yaml_is_a_string_and_the_error_says_what_to_write():
     given = yaml.safe_load("learning_rate: 1e-5")
     with pytest.raises(TypeError, match=r"learning_rate is the string '1e-5'.*in a YAML parameter file write 1\.0e-5"):

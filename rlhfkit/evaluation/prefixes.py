@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 WORTH = 0.05                    # of the tokens: a split that saves less costs more in copied keys and values
 POSITIONS = 8192                # of a batch on a CPU, what is attended to included
 SHARE = 0.2                     # of a GPU's free memory, for the keys and values of a batch's positions
-TOKENS = {"cpu": (256, 1024), "cuda": (4096, 16384)}    # newly computed in a batch: so many before pads count, and at most
+TOKENS = {"cpu": (256, 1024), "cuda": (12288, 32768)}    # newly computed in a batch: so many before pads count, and at most
 PADS = 0.05                     # of a batch with more than that
 HEAD = {"cpu": 128, "cuda": 2048}       # positions that go through the head at once; more would fall out of a CPU's caches
 
