@@ -151,17 +151,18 @@ class DPO(Run):
 class PPO(Run):
     """Reinforcement learning from a reward model or a function; without a critic it is RLOO or GRPO."""
 
-    reward_path: str = ""               # folder of a reward model; a comma list of folders: their mean
+    reward_path: str = ""               # folder of a reward model; a comma list of folders: an ensemble
     reward_function: str = ""           # package.module:function of (prompts, answers) -> scores, instead of or on top of the model
+    ensemble: str = "mean"              # of several reward models: mean, min, or spread (mean less their standard deviation)
     critic: str = "reward"              # reward, actor: a critic started from that model is trained; frozen: the reward model's values; none
-    advantage: str = "gae"              # rloo, grpo: no critic, several answers a prompt
+    advantage: str = "gae"              # rloo, grpo, dr_grpo: no critic, several answers a prompt
     kl_in: str = "reward"               # or loss
     answers_per_prompt: int = 1
     mini_batch_size: int = 0            # answers a process and inner step; 0: all at once
     ppo_epochs: int = 1
     max_new_tokens: int = 64
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 0                      # 0: off; a filter samples from another distribution than the one that is trained
     top_p: float = 1.0
     kl_coefficient: float = 0.05
     kl_target: float = 0.0              # nats an answer; 0: the coefficient stays fixed
@@ -169,19 +170,36 @@ class PPO(Run):
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
-    value_clip: float = 0.2
+    value_clip: float = 0.2             # 0: off
     critic_learning_rate: float = 0.0   # 0: as learning_rate
+    critic_warmup_steps: int = 0        # steps at the start in which the critic alone learns
+    max_update_kl: float = 0.0          # nats a token that a rollout's updates may move the policy, then they stop; 0: no limit
+    entropy_coefficient: float = 0.0    # bonus a nat of entropy
+    loss_mean: str = "tokens"           # over the batch's tokens; answers: of each answer's mean (GRPO); constant: Dr. GRPO
     whiten_advantages: bool = True
+    normalize_scores: str = "none"      # by mean and deviation of the first rollout (reference), or of all (running)
     score_clip: float = 10.0
     unfinished_score: float = -1.0      # added to the score of an answer cut by length
+    ptx_path: str = ""                  # records whose loss is mixed in (InstructGPT's PPO-ptx)
+    ptx_coefficient: float = 0.0        # of that loss, a mean over its tokens; 0: off
+    ptx_batch_size: int = 8             # its rows a process and update
+    ptx_rows: str = "sft"               # or pretrain
+    ema_decay: float = 0.0              # an update; the averaged actor is saved in ema/; 0: none is kept
+    rescore: bool = True                # the old log-probs come from the training module; False: from the sampler
+    frozen_on: str = "device"           # where reference and reward models wait, or host
+    keep_rollouts: bool = False         # rollouts/step-*.jsonl with all tokens' figures
+    best_by: str = ""                   # an eval figure, such as eval_gold, whose best actor is kept in best/
     samples: int = 4
 
     stage: ClassVar[str] = "ppo"
     rules: ClassVar[dict] = dict(
-        critic=("reward", "actor", "frozen", "none"), advantage=("gae", "rloo", "grpo"), kl_in=("reward", "loss"),
+        critic=("reward", "actor", "frozen", "none"), advantage=("gae", "rloo", "grpo", "dr_grpo"), kl_in=("reward", "loss"),
+        ensemble=("mean", "min", "spread"), loss_mean=("tokens", "answers", "constant"), normalize_scores=("none", "reference", "running"),
+        ptx_rows=("sft", "pretrain"), frozen_on=("device", "host"), critic_warmup_steps=NOT_NEGATIVE, max_update_kl=NOT_NEGATIVE,
+        entropy_coefficient=NOT_NEGATIVE, ptx_coefficient=NOT_NEGATIVE, ptx_batch_size=POSITIVE, ema_decay=FRACTION,
         answers_per_prompt=POSITIVE, mini_batch_size=NOT_NEGATIVE, ppo_epochs=POSITIVE, max_new_tokens=POSITIVE, temperature=POSITIVE,
         top_k=NOT_NEGATIVE, top_p=SHARE, kl_coefficient=NOT_NEGATIVE, kl_target=NOT_NEGATIVE, kl_horizon=POSITIVE, gamma=DISCOUNT,
-        lam=DISCOUNT, clip=POSITIVE, value_clip=POSITIVE, critic_learning_rate=NOT_NEGATIVE, score_clip=POSITIVE,
+        lam=DISCOUNT, clip=POSITIVE, value_clip=NOT_NEGATIVE, critic_learning_rate=NOT_NEGATIVE, score_clip=POSITIVE,
         samples=NOT_NEGATIVE)
 
     def __post_init__(self):
@@ -193,9 +211,15 @@ class PPO(Run):
         if self.critic in ("reward", "frozen") and self.advantage == "gae" and not self.reward_path:
             raise ValueError(f"critic is {self.critic!r} without a reward_path; set reward_path, or critic to 'actor'")
         if (self.advantage == "gae") == (self.critic == "none"):
-            raise ValueError(f"advantage {self.advantage!r} does not go with critic {self.critic!r}; gae needs one, rloo and grpo need none")
+            raise ValueError(f"advantage {self.advantage!r} does not go with critic {self.critic!r}; gae needs one, the others need none")
         if self.advantage != "gae" and self.answers_per_prompt < 2:
             raise ValueError(f"answers_per_prompt is {self.answers_per_prompt}; {self.advantage} compares answers of one prompt: 2 or more")
+        if self.critic_warmup_steps and self.critic not in ("reward", "actor"):
+            raise ValueError(f"critic_warmup_steps is {self.critic_warmup_steps} with critic {self.critic!r}, which is not trained: set it to 0")
+        if self.ptx_coefficient and not self.ptx_path:
+            raise ValueError(f"ptx_coefficient is {self.ptx_coefficient} without a ptx_path; give the records to mix in, or set it to 0.0")
+        if self.best_by and not self.best_by.startswith("eval_"):
+            raise ValueError(f"best_by is {self.best_by!r}; it names a held-out figure of the history: eval_score, eval_gold, eval_kl, …")
         self._check_room()
 
 

@@ -1,10 +1,11 @@
-"""One small face for a plain module in this kernel and a DeepSpeed engine in a worker: forward, backward, step, save; and who we are.
+"""One small face for a plain module in this kernel and a DeepSpeed engine in a worker: forward, backward, step, weights; and who we are.
 
 Losses are sums divided by a global count, so batch, accumulation and world size give one gradient: gradients are summed over micro-batches
 and processes, never averaged (DeepSpeed averages; the engine multiplies by the world size before).
 """
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ SCHEDULES = {"constant": "constant_with_warmup"}        # what transformers call
 
 
 class Engine:
-    """A trainable model with its AdamW and schedule over `total_steps`; under a launcher, a DeepSpeed engine (ZeRO 0 to 3)."""
+    """A trainable model with its AdamW and a schedule over `total_steps` calls of `advance`; under a launcher, a DeepSpeed engine (ZeRO 0
+    to 3). `average`: the running average of its weights, where the loop keeps one (states.py)."""
 
     def __init__(self, model, config, learning_rate, total_steps):
-        self.config, self.deepspeed = config, None
+        self.config, self.deepspeed, self.average = config, None, None
         self.model = model.to(device())
         trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95),
+                                           fused=True if device().type == "cuda" and config.offload == "none" else None)
         self.scheduler = get_scheduler(SCHEDULES.get(config.lr_scheduler_type, config.lr_scheduler_type), self.optimizer,
                                        math.ceil(config.warmup_ratio * total_steps), total_steps)
         if world_size() > 1 or config.zero_stage:
@@ -43,7 +46,7 @@ class Engine:
             loss.backward()
 
     def step(self):
-        """Clip, update, advance the schedule -> norm of the gradient before clipping."""
+        """Clip and update -> norm of the gradient before clipping."""
         if self.deepspeed:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])   # stage 0 keeps none
             self.deepspeed.step()
@@ -52,29 +55,37 @@ class Engine:
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
+        if self.average:
+            self.average.update()
         return norm
+
+    def advance(self):
+        """The next step of the learning rate's schedule: once a rollout in PPO, however many updates it took."""
+        self.scheduler.step()
 
     @property
     def learning_rate(self):
         return self.scheduler.get_last_lr()[0]
 
-    def save_state(self, folder):
-        """Weights, optimiser and schedule into a checkpoint folder (call it on all processes)."""
-        if self.deepspeed:
-            self.deepspeed.save_checkpoint(str(folder), "engine", client_state={"scheduler": self.scheduler.state_dict()})
-        else:
-            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                        "scheduler": self.scheduler.state_dict()}, os.path.join(folder, "engine.pt"))
-
-    def load_state(self, folder):
-        if self.deepspeed:
-            _, client = self.deepspeed.load_checkpoint(str(folder), "engine")
-            self.scheduler.load_state_dict(client["scheduler"])
-        else:
-            state = torch.load(os.path.join(folder, "engine.pt"), map_location=device(), weights_only=True)
-            for name in ("model", "optimizer", "scheduler"):
-                getattr(self, name).load_state_dict(state[name])
+    @contextmanager
+    def whole(self):
+        """The model with all its weights on this process, to sample from: under ZeRO-3 gathered once, not layer by layer and token by token."""
+        if not self.deepspeed or self.config.zero_stage < 3:
+            yield self.model
+            return
+        import deepspeed
+        shards = self.deepspeed.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            for p in self.model.parameters():
+                p.ds_active_sub_modules.clear()
+            for hook in shards.forward_hooks + shards.backward_hooks:       # or each layer's weights go back as soon as it has run
+                hook.remove()
+            shards.forward_hooks, shards.backward_hooks = [], []
+            try:
+                yield self.model
+            finally:
+                shards.get_param_coordinator()._invalidate_trace()
+                shards._register_deepspeed_module(shards.module)
 
     def weights(self):
         """All weights on the CPU under their plain names, gathered from every process under ZeRO-3 (call it on all)."""

@@ -8,6 +8,7 @@ import copy
 from dataclasses import dataclass
 from itertools import product
 
+import torch
 from torch import nn
 
 from rlhfkit.families import empty_model, family_of
@@ -195,3 +196,13 @@ def _with(config, changes):
 
 def _say(changes):
     return ", ".join(f"{name}={value!r}" for name, value in changes.items())
+
+
+def too_little(config, phase, num_gpus, error):
+    """The error to raise where a run met the end of its GPU's memory in `phase`: the estimate by part, and the settings to change."""
+    total = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
+    estimate = will_it_fit(config, total, max(1, num_gpus))
+    advice = estimate.suggestion or "mini_batch_size or max_length by half, gradient_checkpointing=True"
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in estimate.parts.items())
+    return MemoryError(f"the GPU's {total:.1f} GiB were too little in {phase} ({str(error).splitlines()[0][:120]}); estimated need {estimate.gpu_gib:.1f} "
+                       f"GiB ({parts}); change {advice}; the last checkpoint is whole, and the same call goes on from it")

@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.ticker import ScalarFormatter
 
+from rlhfkit.overoptimisation import fit_gold, frontier, hindsight, stop_point
+
 SIZE, DPI = (6.4, 3.0), 100
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999", "#444444", "#661100",
            "#BBBBBB"]                                   # Okabe and Ito's, then greys and a brown
@@ -228,3 +230,42 @@ def _bins(values, count=30):
     low, high = min(*values, 0.0), max(*values, 0.0)
     width = (high - low) / count or 1.0
     return [width * i for i in range(int(low // width), int(-(-high // width)) + 1)]
+
+
+def plot_frontier(result, title=""):
+    """Held-out score and gold along the distance from the start (root of the KL): the best gold, where `stop_point` stops, and
+    the curve of Gao et al. through gold where it has a top. Anything with a history will do, so also a run that goes on.
+    Raises ValueError for fewer than two held-out rows."""
+    points, stop = frontier(result.history), stop_point(result.history)
+    known = [p for p in points if p["gold"] is not None]
+    if len(points) < 2:
+        raise ValueError(f"the history has {len(points)} held-out rows with eval_score; a line needs two: set eval_steps")
+    if len(known) > 1 and not title:
+        found = hindsight(result.history)
+        title = (f"{'no stop until' if stop is None else 'stopped at'} step {found['stopped_step']}: "
+                 f"gold {found['stopped_gold']:.2f}, "
+                 f"at best {found['best_gold']:.2f} at step {found['best_step']}")
+    figure, (ax,) = _figure(1, title)
+    lines = _along(ax, points, "score", "o-", COLOURS[0], "held-out score")
+    ax.set(xlabel="distance from the start: root of the KL (nats an answer)", ylabel="reward score")
+    if known:
+        right = ax.twinx()
+        right.spines["top"].set_visible(False)
+        right.set(ylabel="gold score")
+        lines += _along(right, known, "gold", "s-", COLOURS[1], "gold")
+        best = max(known, key=lambda p: p["gold"])["distance"]
+        lines.append(right.axvline(best, color=COLOURS[1], linestyle="--", linewidth=1, label="best gold"))
+        alpha, beta, _ = fit_gold(known) if len({p["distance"] for p in known}) > 3 else (0, 0, 0)
+        if beta > 0:
+            curve = [dict(distance=d, gold=known[0]["gold"] + d * (alpha - beta * math.log(d)))
+                     for d in (max(p["distance"] for p in known) * i / 50 for i in range(1, 51))]
+            lines += _along(right, curve, "gold", ":", COLOURS[1], "d (α − β log d)")
+    if stop is not None:
+        where = next(p["distance"] for p in points if p["step"] == stop)
+        lines.append(ax.axvline(where, color=COLOURS[8], linestyle="-.", linewidth=1, label="the rule stops"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize="small", frameon=False)
+
+
+def _along(ax, points, name, style, colour, label):
+    x, y = zip(*((p["distance"], p[name]) for p in points))
+    return ax.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=label)

@@ -1,21 +1,23 @@
-"""Sampling answers, for PPO, samples and evaluation, and scoring them: left-padded prompts in batches on the training weights.
+"""Sampling answers, for PPO, samples and evaluation: left-padded prompts in batches on the training weights; and keeping them.
 
 Each row draws noise from a seed of its own, so an answer does not depend on what else is in the batch or on the number of processes.
-Log-probs are not taken here: PPO scores the sampled ids with the module that trains, which makes the first ratio exactly 1.
+On a GPU captured graphs do the steps (decode.py), elsewhere transformers' `generate`; the token is chosen by the same function.
 """
-import importlib
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
-                          TopPLogitsWarper)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rlhfkit.decode import Decoder, supported
 from rlhfkit.engine import device
 from rlhfkit.families import check_vocabulary, family_of, load_model, load_tokenizer
-from rlhfkit.models.value import load_reward_model, score
 from rlhfkit.records import Answer, Record
 from rlhfkit.rows import pad
 from rlhfkit.samples.couplets import applies, gold
+from rlhfkit.sampling import choose
 
 
 def generate(model_path, prompts, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -58,11 +60,11 @@ def judged_records(model_path, records, judge, answers_per_prompt=2, max_new_tok
 
 def sample(model, prompts, max_new_tokens, end_ids, pad_id, temperature=0.0, top_k=0, top_p=1.0, seed=0, batch_size=64):
     """prompts: lists of ids -> lists of answer ids, without the end token."""
-    answers = []
+    answers, decoder = [], fast(model)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
         seeds = [hash((seed, start + i)) for i in range(len(batch))]
-        rows = rollout(model, batch, max_new_tokens, end_ids, pad_id, seeds, temperature, top_k, top_p)
+        rows, _ = rollout(model, batch, max_new_tokens, end_ids, pad_id, seeds, temperature, top_k, top_p, decoder=decoder)
         answers += [row[:-1] if row and row[-1] in end_ids else row for row in rows]
     return answers
 
@@ -94,76 +96,73 @@ def sample_metrics(samples):
 
 
 @torch.no_grad()
-def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature, top_k=0, top_p=1.0, synced=False):
-    """One batch -> lists of sampled ids up to and with the end token; a row without one was cut by length.
+def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature, top_k=0, top_p=1.0, synced=False, decoder=None):
+    """One batch -> (answers: lists of sampled ids up to and with the end token, one without it was cut by length; their log-probs, of the
+    temperature-scaled distribution without filters).
 
-    seeds: one a row, for its noise; synced: sharded weights, all processes step together."""
+    seeds: one a row, for its noise; synced: sharded weights, all processes step together; decoder: captured graphs of this model."""
+    if decoder:
+        return decoder(prompts, max_new_tokens, end_ids, pad_id, list(seeds), temperature, top_k, top_p)
     place = next(model.parameters()).device
     ids = pad(prompts, pad_id, side="left").to(place)                                       # (B, P)
     mask = pad([[1] * len(p) for p in prompts], 0, side="left").to(place)
-    processors = LogitsProcessorList()
-    if temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
-        processors.append(RowNoise(seeds, place))
+    choice = Choice(seeds, temperature, top_k, top_p, place)
     was_training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()            # not the folder's: a repetition penalty would change the distribution
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=end_ids,
-                         pad_token_id=pad_id, logits_processor=processors, use_cache=True, synced_gpus=synced)
-    model.train(was_training)
-    model.generation_config = own
-    return [_until(row, end_ids) for row in out[:, ids.shape[1]:].tolist()]
+    try:
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                             eos_token_id=end_ids, pad_token_id=pad_id, logits_processor=LogitsProcessorList([choice]), use_cache=True,
+                             synced_gpus=synced)
+    finally:
+        model.train(was_training)
+        model.generation_config = own
+    answers = [_until(row, end_ids) for row in out[:, ids.shape[1]:].tolist()]
+    logps = torch.stack(choice.logps, 1).tolist()                                           # (B, A)
+    return answers, [row[:len(answer)] for row, answer in zip(logps, answers)]
 
 
-class Rewards:
-    """What scores an answer: the mean of the reward models of `reward_path`, plus the reward function."""
-
-    def __init__(self, config, tokenizer):
-        self.models = [self._load(path, config, tokenizer) for path in config.reward_path.split(",") if path]
-        self.function = None
-        if config.reward_function:
-            module, _, name = config.reward_function.partition(":")
-            self.function = getattr(importlib.import_module(module), name)
-
-    def __call__(self, ids, mask, texts):
-        """ids, mask (B, T), texts B pairs (prompt, answer) -> (B,) float32; raises ValueError for a wrong count or NaN."""
-        total = torch.zeros(len(ids), device=ids.device)
-        if self.models:
-            with torch.no_grad():
-                total = torch.stack([torch.cat([score(m, ids[i:i + 64], mask[i:i + 64]) for i in range(0, len(ids), 64)])
-                                     for m in self.models]).mean(0)
-        if self.function:
-            given = self.function([p for p, _ in texts], [a for _, a in texts])
-            if len(given) != len(texts):
-                raise ValueError(f"the reward function gave {len(given)} scores for {len(texts)} answers; it must give one for each")
-            total = total + torch.tensor([float(x) for x in given], device=ids.device)
-        if not bool(torch.isfinite(total).all()):
-            at = int((~torch.isfinite(total)).nonzero()[0])
-            raise ValueError(f"the score of {texts[at]} is {float(total[at])}; scores must be finite numbers")
-        return total
-
-    @staticmethod
-    def _load(path, config, tokenizer):
-        theirs = load_tokenizer(path)
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"the reward model in {path} has another vocabulary than the actor in {config.model_path}; "
-                             "train one on the actor's tokenizer, or give a reward_function")
-        return load_reward_model(path).to(device()).requires_grad_(False)
+def fast(model, compiled=False):
+    """A Decoder for a model that can be sampled from captured graphs, or None."""
+    return Decoder(model, compiled) if not supported(model, next(model.parameters()).device) else None
 
 
-class RowNoise(LogitsProcessor):
-    """Gumbel noise on the logits, so that the likeliest token is a sample (Gumbel 1954); one generator a row."""
+class Choice(LogitsProcessor):
+    """Chooses the next token as the captured graphs do, and leaves `generate` no other one."""
 
-    def __init__(self, seeds, device):
-        self.generators = [torch.Generator(device).manual_seed(seed % (1 << 62)) for seed in seeds]
+    def __init__(self, seeds, temperature, top_k, top_p, place):
+        self.seeds, self.options, self.logps = torch.tensor(list(seeds), device=place), (temperature, top_k, top_p), []
 
     def __call__(self, input_ids, scores):
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])   # (B, V)
-        return scores.float() - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        tokens, logps = choose(scores, self.seeds, len(self.logps), *self.options)
+        self.logps.append(logps)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+def keep(folder, step, answers):
+    """Store a rollout's answers, dicts, as `rollouts/step-000012.jsonl` of a run folder, whole or not at all."""
+    file = Path(folder) / "rollouts" / f"step-{step:06d}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    beside = file.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    os.replace(beside, file)
+
+
+def rollouts(output_dir):
+    """The answers that a PPO run with keep_rollouts stored, step by step: dicts with step, id, prompt, answer, prompt_ids, ids, score, finished,
+    and, a number for each of the answer's tokens, logps, ref_logps, kl, values (None without a critic), advantages."""
+    files = sorted((Path(output_dir) / "rollouts").glob("step-*.jsonl"))
+    if not files:
+        raise FileNotFoundError(f"{output_dir} holds no rollouts; run PPO with keep_rollouts=True")
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def repetition(ids):
+    """Share of the bigrams of a list of ids that occurred before in it."""
+    pairs = list(zip(ids, ids[1:]))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _until(row, end_ids):

@@ -19,15 +19,21 @@ import torch
 from rlhfkit.configs import Result
 from rlhfkit.families import WEIGHTS
 from rlhfkit.rows import data_hash
+from rlhfkit.states import load_state, save_state
 
-FREE = ("output_dir", "resume", "report_to", "save_steps", "save_total_limit")       # may differ between two starts of one run
+FREE = {"output_dir", "resume", "report_to", "save_steps", "save_total_limit"}       # may differ between two starts of one run
+# Of PPO, whose checkpoints go on anywhere, also what changes only where things are computed; rows a process count times the processes.
+PLACED = {"zero_stage", "offload", "bucket_size", "max_live_parameters", "overlap_comm", "pin_memory", "gradient_accumulation_steps",
+          "gradient_checkpointing", "frozen_on"}
+A_PROCESS = {"batch_size", "mini_batch_size", "ptx_batch_size"}
 
 
 def open_run(config, num_processes=0):
     """The finished Result of this very run, or None after the folder is claimed for it (run.json).
     Raises FileExistsError for a folder that holds another run or other files."""
     folder = Path(config.output_dir)
-    run = {"config": config.to_dict(), "num_processes": num_processes, "data": data_hash(config.data_path),
+    data = [data_hash(path) for path in (config.data_path, getattr(config, "ptx_path", "")) if path]
+    run = {"config": config.to_dict(), "num_processes": num_processes, "data": " ".join(data),
            "models": {name: [fingerprint(path) for path in str(getattr(config, name, "")).split(",") if path]
                       for name in ("model_path", "reward_path")}}
     file = folder / "run.json"
@@ -73,7 +79,7 @@ def save_checkpoint(folder, step, state, engines, keep, rank, barrier):
             (beside / name).mkdir(parents=True)
     barrier()
     for name, engine in engines.items():
-        engine.save_state(beside / name)
+        save_state(engine, beside / name)
     torch.save(rng_state(), beside / f"rng{rank}.pt")
     barrier()
     if rank == 0:
@@ -91,8 +97,9 @@ def load_checkpoint(folder, engines, rank):
     if newest is None:
         return None
     for name, engine in engines.items():
-        engine.load_state(newest / name)
-    set_rng_state(torch.load(newest / f"rng{rank}.pt", map_location="cpu", weights_only=True))
+        load_state(engine, newest / name)
+    if (newest / f"rng{rank}.pt").is_file():            # or there were fewer processes; sampling draws from seeds of its own
+        set_rng_state(torch.load(newest / f"rng{rank}.pt", map_location="cpu", weights_only=True))
     return torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
 
 
@@ -145,11 +152,18 @@ def versions():
 
 
 def _differences(run, other):
-    found = [f"{key}: {other[key]} there, {run[key]} here" for key in ("num_processes", "data") if run[key] != other[key]]
+    here, there, free = run["config"], other["config"], FREE
+    found = [f"data: {other['data']} there, {run['data']} here"] if run["data"] != other["data"] else []
     found += [f"{key} has other weights" for key in run["models"] if run["models"][key] != other["models"].get(key)]
-    here, there = run["config"], other["config"]
+    processes = [max(1, r["num_processes"]) for r in (run, other)]
+    if here["stage"] == "ppo":
+        free = FREE | PLACED | A_PROCESS
+        found += [f"{key}: {there.get(key)} for each of {processes[1]} processes there, {here[key]} for each of {processes[0]} here"
+                  for key in sorted(A_PROCESS) if here[key] * processes[0] != there.get(key, 0) * processes[1]]
+    elif run["num_processes"] != other["num_processes"]:
+        found.append(f"num_processes: {other['num_processes']} there, {run['num_processes']} here")
     return [f"{key}: {there.get(key)!r} there, {value!r} here" for key, value in here.items()
-            if key not in FREE and value != there.get(key)] + found
+            if key not in free and value != there.get(key)] + found
 
 
 def _write(path, text):

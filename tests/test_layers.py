@@ -8,7 +8,7 @@ LIBRARY = PROJECT / "rlhfkit"
 LAYERS = {
     0: "records formats forms duplicates joins sources corpus tasks samples",
     1: "families encodings miniature models tokenizers",
-    2: "rows packing cache configs zero engine saving rl rollout health memory trainer",
+    2: "rows packing cache configs zero engine states saving rl sampling decode rollout rewards experience health overoptimisation memory kernels slots trainer",
     3: "stages",
     4: "launcher bench evaluation plots",
 }

@@ -151,7 +151,40 @@ def test_grpo_standardises_within_the_prompt():
     close(rl.grpo(torch.tensor([1.0, 2, 6, 4, 4, 4]), 3), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("estimate", [rl.rloo, rl.grpo])
+def test_what_a_token_weighs_by_hand():
+    """An answer of one token and one of three; at most 5 tokens are allowed."""
+    answer = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0]])
+    close(rl.token_weights(answer, "tokens", 4, 2, 5), answer / 4)
+    close(rl.token_weights(answer, "answers", 4, 2, 5), torch.tensor([[1 / 2, 0, 0, 0], [1 / 6, 1 / 6, 1 / 6, 0]]))
+    close(rl.token_weights(answer, "constant", 4, 2, 5), answer / 10)
+
+
+def test_an_ensemble_by_hand():
+    scores = torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    assert [rl.ensemble(scores, rule).tolist() for rule in ("mean", "min", "spread")] == [[2, 4], [1, 4], [1, 4]]
+
+
+def test_dr_grpo_takes_the_mean_away_and_leaves_the_spread():
+    close(rl.dr_grpo(torch.tensor([1.0, 3.0, 8.0, 0.0]), 2), torch.tensor([-1.0, 1.0, 4.0, -4.0]))
+
+
+def test_running_moments_are_those_of_all_scores_and_reference_ones_of_the_first():
+    running, reference = rl.Moments(), rl.Moments(running=False)
+    for part in ([1.0, 2.0], [3.0], [4.0, 5.0, 6.0]):
+        running.update(torch.tensor(part)), reference.update(torch.tensor(part))
+    assert (running.count, running.mean, running.squares) == pytest.approx((6, 3.5, 17.5))             # 35 / 12 * 6
+    assert (reference.count, reference.mean, reference.squares) == pytest.approx((2, 1.5, 0.5))
+    close(reference.normalize(torch.tensor([1.5, 2.0])), torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
+    assert rl.Moments(*vars(running).values()) == running
+
+
+def test_scores_that_are_all_the_same_normalise_to_nothing():
+    moments = rl.Moments()
+    moments.update(torch.full((4,), 7.0))
+    assert moments.normalize(torch.full((4,), 7.0)).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("estimate", [rl.rloo, rl.grpo, rl.dr_grpo])
 @pytest.mark.parametrize("group", [1, 4])
 def test_group_advantages_refuse_a_group_without_others(estimate, group):
     with pytest.raises(ValueError, match=f"answers_per_prompt is {group} for 6 scores.*try 4"):
@@ -194,9 +227,9 @@ def test_two_processes_whiten_as_one(tmp_path):
 
 def test_at_ratio_1_the_policy_loss_is_minus_the_mean_advantage():
     logps, answer = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[1, 1, 0]])
-    loss, stats = rl.policy_loss(logps, logps, torch.tensor([[2.0, -0.5, 100.0]]), answer, 0.2, tokens=2)
+    loss = rl.policy_loss(logps, logps, torch.tensor([[2.0, -0.5, 100.0]]), answer / 2, 0.2)
     assert loss.item() == -0.75                                     # -(2 - 0.5) / 2
-    assert all(value.item() == 0 for value in stats.values())
+    assert set(rl.ratio_stats(logps, logps, answer, 0.2, tokens=2).values()) == {0}
 
 
 def test_the_clipped_policy_loss_by_hand():
@@ -204,18 +237,17 @@ def test_the_clipped_policy_loss_by_hand():
     logps = torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64).log()
     advantages = row(1, -1, 1, -1)
     # clip 0.2: min(1.5, 1.2) = 1.2; min(-1.5, -1.2) = -1.5; min(0.5, 0.8) = 0.5; min(-0.5, -0.8) = -0.8
-    loss, stats = rl.policy_loss(logps, old, advantages, torch.ones(1, 4), 0.2, tokens=4)
+    loss, stats = rl.policy_loss(logps, old, advantages, torch.ones(1, 4) / 4, 0.2), rl.ratio_stats(logps, old, torch.ones(1, 4), 0.2, tokens=4)
     assert loss.item() == pytest.approx(0.6 / 4)                    # -(1.2 - 1.5 + 0.5 - 0.8) / 4
-    assert stats["clip_fraction"] == 1 and stats["ratio_deviation"].item() == pytest.approx(0.5)
+    assert stats["clip_fraction"] == 1 and stats["ratio_deviation"] == pytest.approx(0.5)
     # k3: (0.5 - ln 1.5) twice, (-0.5 - ln 0.5) twice
-    assert stats["approx_kl"].item() == pytest.approx((0.5 - math.log(1.5) - 0.5 - math.log(0.5)) / 2)
+    assert stats["approx_kl"] == pytest.approx((0.5 - math.log(1.5) - 0.5 - math.log(0.5)) / 2)
 
 
 def test_a_good_token_becomes_likelier_and_a_clipped_one_is_left_alone():
     logps = torch.tensor([[0.0, 0.0, 0.5]], requires_grad=True)     # ratio e^0.5 > 1.2: enough
     advantages = torch.tensor([[1.0, -1.0, 1.0]])
-    loss, _ = rl.policy_loss(logps, torch.zeros(1, 3), advantages, torch.ones(1, 3), 0.2, tokens=3)
-    loss.backward()
+    rl.policy_loss(logps, torch.zeros(1, 3), advantages, torch.ones(1, 3) / 3, 0.2).backward()
     close(logps.grad, torch.tensor([[-1 / 3, 1 / 3, 0.0]]))
 
 
@@ -223,15 +255,16 @@ def test_pads_do_not_enter_the_loss_the_clip_fraction_or_the_ratio():
     """P12: averages over pads hide a clip fraction, and a garbage pad makes the ratio infinite, the loss NaN."""
     logps = torch.tensor([[0.0, 0.5, 1e4, 1e4]], requires_grad=True)
     answer, advantages = torch.tensor([[1, 1, 0, 0]]), torch.ones(1, 4)
-    loss, stats = rl.policy_loss(logps, torch.zeros(1, 4), advantages, answer, 0.2, tokens=2)
+    loss, stats = rl.policy_loss(logps, torch.zeros(1, 4), advantages, answer / 2, 0.2), rl.ratio_stats(logps, torch.zeros(1, 4), answer, 0.2, 2)
     loss.backward()
     assert stats["clip_fraction"] == 0.5                            # 0.25 if the two pads were counted
-    assert stats["ratio_deviation"].item() == pytest.approx(math.exp(0.5) - 1)
+    assert stats["ratio_deviation"] == pytest.approx(math.exp(0.5) - 1)
     assert loss.item() == pytest.approx(-(1 + 1.2) / 2)
     close(logps.grad, torch.tensor([[-0.5, 0.0, 0.0, 0.0]]))
 
 
-def test_any_split_of_the_batch_gives_one_loss_and_one_gradient():
+@pytest.mark.parametrize("loss_mean", ["tokens", "answers", "constant"])
+def test_any_split_of_the_batch_gives_one_loss_and_one_gradient(loss_mean):
     """P12, I5: means of means across uneven micro-batches weigh the tokens of short answers more."""
     generator = torch.Generator().manual_seed(1)
     old, noise, advantages, values, returns = torch.randn(5, 4, 6, generator=generator, dtype=torch.float64)
@@ -239,9 +272,10 @@ def test_any_split_of_the_batch_gives_one_loss_and_one_gradient():
     logps = (old + 0.3 * noise).requires_grad_()
 
     def parts(rows):
-        policy, stats = rl.policy_loss(logps[rows], old[rows], advantages[rows], answer[rows], 0.2, tokens=12)
-        value = rl.value_loss(logps[rows] + values[rows], values[rows], returns[rows], answer[rows], 0.2, tokens=12)
-        return policy + value, stats
+        weight = rl.token_weights(answer[rows], loss_mean, tokens=12, answers=4, max_new_tokens=6)
+        policy = rl.policy_loss(logps[rows], old[rows], advantages[rows], weight, 0.2)
+        value = rl.value_loss(logps[rows] + values[rows], values[rows], returns[rows], answer[rows] / 12, 0.2)
+        return policy + value, rl.ratio_stats(logps[rows], old[rows], answer[rows], 0.2, tokens=12)
 
     whole, stats = parts(slice(0, 4))
     gradient, = torch.autograd.grad(whole, logps)
@@ -249,15 +283,15 @@ def test_any_split_of_the_batch_gives_one_loss_and_one_gradient():
         pieces = [parts(rows) for rows in splits]
         close(sum(piece for piece, _ in pieces), whole)
         close(torch.autograd.grad(sum(piece for piece, _ in pieces), logps)[0], gradient)
-        close(sum(s["clip_fraction"] for _, s in pieces), stats["clip_fraction"])
+        assert sum(s["clip_fraction"] for _, s in pieces) == pytest.approx(stats["clip_fraction"])
 
 
 def test_the_clipped_value_loss_by_hand():
     # clip 0.2. token 1: value 1 is held at 0.2, return 1: errors 0 and 0.64, the larger counts (running ahead does not
     # pay). token 2: value 0.1 is within, return 0.5: 0.16. token 3 is a pad.
-    loss = rl.value_loss(row(1.0, 0.1, 9.0), row(0, 0, 0), row(1.0, 0.5, 0.0), row(1, 1, 0), 0.2, tokens=2)
+    loss = rl.value_loss(row(1.0, 0.1, 9.0), row(0, 0, 0), row(1.0, 0.5, 0.0), row(1, 1, 0) / 2, 0.2)
     assert loss.item() == pytest.approx(0.5 * (0.64 + 0.16) / 2)
-    plain = rl.value_loss(row(1.0, 0.1, 9.0), row(0, 0, 0), row(1.0, 0.5, 0.0), row(1, 1, 0), float("inf"), tokens=2)
+    plain = rl.value_loss(row(1.0, 0.1, 9.0), row(0, 0, 0), row(1.0, 0.5, 0.0), row(1, 1, 0) / 2, 0)
     assert plain.item() == pytest.approx(0.5 * 0.16 / 2)
 
 
@@ -285,7 +319,7 @@ def test_the_adaptive_coefficient_follows_its_closed_form():
     assert resumed.value == controller.value
 
 
-@pytest.mark.parametrize("estimate", [rl.rloo, rl.grpo])
+@pytest.mark.parametrize("estimate", [rl.rloo, rl.grpo, rl.dr_grpo])
 def test_a_one_token_policy_finds_the_token_that_scores(estimate):
     logits, generator = torch.zeros(5, requires_grad=True), torch.Generator().manual_seed(0)
     optimizer, answer = torch.optim.Adam([logits], lr=0.1), torch.ones(16, 1)
@@ -293,6 +327,6 @@ def test_a_one_token_policy_finds_the_token_that_scores(estimate):
         ids = torch.multinomial(logits.softmax(0).detach(), 16, replacement=True, generator=generator)[:, None]
         old = rl.token_logps(logits.expand(16, 1, 5), ids).detach()
         advantages = estimate((ids[:, 0] == 3).float(), 4)[:, None]
-        loss, _ = rl.policy_loss(rl.token_logps(logits.expand(16, 1, 5), ids), old, advantages, answer, 0.2, tokens=16)
+        loss = rl.policy_loss(rl.token_logps(logits.expand(16, 1, 5), ids), old, advantages, answer / 16, 0.2)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert logits.softmax(0)[3] > 0.9

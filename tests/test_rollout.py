@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rlhfkit as rk
-from rlhfkit.rollout import RowNoise, answer_samples, rollout, sample, sample_metrics
+from rlhfkit.rollout import answer_samples, keep, repetition, rollout, rollouts, sample, sample_metrics
 
 END = list(range(0, 2400, 12))                  # many ends, so that an untrained model finishes some answers
 
@@ -32,7 +32,7 @@ def ask(samples):
 
 
 def drawn(model, prompts, seeds, temperature=1.0, tokens=10, **options):
-    return rollout(model, prompts, tokens, END, 6, seeds, temperature, **options)
+    return rollout(model, prompts, tokens, END, 6, seeds, temperature, **options)[0]
 
 
 def test_answers_do_not_depend_on_the_batch_size(model, prompts):
@@ -101,17 +101,28 @@ def test_sampling_leaves_the_mode_of_the_model(model, prompts):
     model.eval()
 
 
-def test_noise_draws_from_the_softmax():
-    """4,000 draws from 0.5, 0.3, 0.15, 0.05, each within four standard errors."""
-    wanted = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    noise = RowNoise([hash((0, i)) for i in range(4000)], "cpu")
-    counts = torch.bincount(noise(None, wanted.log().expand(4000, 4)).argmax(1), minlength=4)
-    assert torch.all((counts / 4000 - wanted).abs() < 4 * (wanted * (1 - wanted) / 4000).sqrt())
+def test_log_probs_are_those_of_the_tempered_distribution_without_filters(model, prompts):
+    """I2, P4: sampled at temperature 0.7, with and without top-k, and scored by one pass over the ids."""
+    for options in ({}, {"top_k": 5}):
+        answers, logps = rollout(model, prompts, 10, END, 6, range(9), 0.7, **options)
+        for prompt, answer, found in zip(prompts, answers, logps):
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1] / 0.7
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert len(found) == len(answer)
+            torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=1e-5)
 
 
-def test_noise_never_draws_what_a_filter_took_away():
-    scores = torch.tensor([[0.0, -torch.inf, -torch.inf]]).expand(500, 3)
-    assert RowNoise(range(500), "cpu")(None, scores).argmax(1).unique().tolist() == [0]
+def test_repetition_is_the_share_of_bigrams_seen_before():
+    assert repetition([1, 2, 1, 2, 1]) == 0.5                       # 12 21 12 21: two of four
+    assert repetition([7] * 5) == 0.75 and repetition([1, 2, 3]) == 0 and repetition([1]) == 0 and repetition([]) == 0
+
+
+def test_kept_rollouts_come_back_in_the_order_of_steps(tmp_path):
+    for step in (10, 9):
+        keep(tmp_path, step, [{"step": step, "answer": text} for text in ("花", "鸟")])
+    assert [(row["step"], row["answer"]) for row in rollouts(tmp_path)] == [(9, "花"), (9, "鸟"), (10, "花"), (10, "鸟")]
+    with pytest.raises(FileNotFoundError, match="keep_rollouts=True"):
+        next(rollouts(tmp_path / "elsewhere"))
 
 
 def test_generate_gives_one_text_a_prompt_for_strings_and_records(tiny_path):

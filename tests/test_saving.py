@@ -210,6 +210,7 @@ def trained(made, steps):
     for _ in range(steps):
         made.backward(made(torch.rand(4, 3)).pow(2).mean())
         made.step()
+        made.advance()
     return made.model.weight.tolist(), made.learning_rate
 
 
@@ -238,14 +239,14 @@ def test_the_newest_checkpoints_stay_by_number_not_by_name(config):
     assert sorted(p.name for p in Path(config.output_dir).iterdir()) == ["checkpoint-10", "checkpoint-11"]
 
 
-def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(config):
+def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(config, monkeypatch):
     made = engine(config)
     save(config, made, 5)
 
-    def full(folder):
-        (Path(folder) / "engine.pt").write_bytes(b"half")
+    def full(engine, folder):
+        (Path(folder) / "state-0.safetensors").write_bytes(b"half")
         raise FULL
-    made.save_state = full
+    monkeypatch.setattr("rlhfkit.saving.save_state", full)
     with pytest.raises(OSError, match="No space left"):
         save(config, made, 10)
     assert load_checkpoint(config.output_dir, {"actor": engine(config)}, 0)["step"] == 5

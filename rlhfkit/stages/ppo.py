@@ -8,229 +8,214 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from rlhfkit import health, rl
+from rlhfkit import health, memory, rl
 from rlhfkit.configs import Result
-from rlhfkit.engine import Engine, all_sum, device, gather_list, log_line, rank, say, set_dropout, world_size
-from rlhfkit.families import load_model
-from rlhfkit.models.value import RewardModel
-from rlhfkit.rollout import Rewards, answer_samples, rollout, sample_metrics
-from rlhfkit.rows import pad, prompt_rows
+from rlhfkit.engine import Engine, all_sum, device, gather_list, log_line, rank, say, world_size
+from rlhfkit.experience import Experience, as_rows, critic_for, figures, gold_figures
+from rlhfkit.packing import IGNORE
+from rlhfkit.rewards import Rewards
+from rlhfkit.rollout import answer_samples, keep, sample_metrics
+from rlhfkit.rows import collate, prompt_rows, sft_rows, text_rows
 from rlhfkit.samples.couplets import applies, gold
 from rlhfkit.saving import load_checkpoint, save_checkpoint, save_folder
+from rlhfkit.states import Average
 from rlhfkit.trainer import merged, peak_memory, prepare, rows_for
 
-
-@dataclass
-class Rollout:
-    """B sampled answers: what the update needs of them, on this process."""
-
-    ids: torch.Tensor               # (B, T) prompt and answer, padded right
-    mask: torch.Tensor              # (B, T)
-    answer: torch.Tensor            # (B, T-1) 1 where ids[:, 1:] is an answer's token
-    logps: torch.Tensor             # (B, T-1) of the actor that sampled
-    ref_logps: torch.Tensor         # (B, T-1)
-    entropy: torch.Tensor           # (B, T-1)
-    values: torch.Tensor | None     # (B, T) or None without a critic
-    score: torch.Tensor             # (B,)
-    finished: torch.Tensor          # (B,) 1 where the end token was sampled
-    texts: list                     # (prompt, answer) strings
+JUDGED = 64                         # held-out prompts a process answers at once
 
 
 def run(config):
     trainer = PPOTrainer(config)
-    start, first = time.perf_counter(), trainer.resume()
-    if first == 0:
-        trainer.judge(0)
-    for step in range(first, trainer.total_steps):
-        row = trainer.step(step)
-        if (step + 1) % config.logging_steps == 0 or step + 1 == trainer.total_steps:
-            trainer.add(row)
-        if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < trainer.total_steps:
-            trainer.judge(step + 1)
-        if config.save_steps and (step + 1) % config.save_steps == 0:
-            trainer.checkpoint(step + 1)
-    trainer.judge(trainer.total_steps)
-    return trainer.finish(time.perf_counter() - start)
+    try:
+        return trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise memory.too_little(config, trainer.phase, world_size(), error) from error
 
 
 class PPOTrainer:
     """The models of a run and the steps on them."""
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.phase = config, "loading"
         model, self.tokenizer, self.family = prepare(config)
-        self.end_ids = self.family.end_ids(self.tokenizer)
+        self.pad_id = self.tokenizer.pad_token_id
         self.rows, self.dev, _ = rows_for(config, partial(
             prompt_rows, family=self.family, tokenizer=self.tokenizer, max_length=config.max_length - config.max_new_tokens))
+        self.ptx = self._ptx_rows() if config.ptx_coefficient else None
+        self.size = config.batch_size * config.answers_per_prompt               # answers a process and rollout
+        self.mini = min(config.mini_batch_size or self.size, self.size)
+        self.micro = math.ceil(self.mini / config.gradient_accumulation_steps)
         self.per_step = config.batch_size * world_size()
         self.total_steps = config.max_steps or config.num_epochs * math.ceil(len(self.rows) / self.per_step)
-        inner = config.ppo_epochs * math.ceil(config.batch_size * config.answers_per_prompt / self.mini)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self.reference = None if config.lora_rank else load_model(config.model_path, dtype=config.dtype, device=device())
-        self.rewards = Rewards(config, self.tokenizer)
-        critic = self._critic()
-        self.actor = Engine(model, config, config.learning_rate, self.total_steps * inner)
-        self.critic = Engine(critic, config, config.critic_learning_rate or config.learning_rate, self.total_steps * inner) if critic else None
+        rewards = Rewards(config, self.tokenizer)
+        critic = critic_for(config, self.family, rewards)
+        self.actor = Engine(model, config, config.learning_rate, max(1, self.total_steps - config.critic_warmup_steps))
+        self.critic = Engine(critic, config, config.critic_learning_rate or config.learning_rate, self.total_steps) if critic else None
+        self.experience = Experience(config, self.tokenizer, self.family, self.actor, self.critic, rewards)
+        self.experience.micro = self.micro
+        self.actor.average = Average(self.actor, config.ema_decay) if config.ema_decay else None
         self.engines = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
         self.kl = rl.AdaptiveKL(config.kl_coefficient, config.kl_target, config.kl_horizon) if config.kl_target \
             else rl.FixedKL(config.kl_coefficient)
-        self.history, self.samples = [], self._samples(0)
-        self.autocast = partial(torch.autocast, device().type, torch.bfloat16, enabled=config.dtype == "mixed")
+        self.moments = None if config.normalize_scores == "none" else rl.Moments(config.normalize_scores == "running")
+        self.history, self.samples, self.best = [], [], -math.inf
 
-    @property
-    def mini(self):
-        return self.config.mini_batch_size or self.config.batch_size * self.config.answers_per_prompt
+    def train(self):
+        config, start, first = self.config, time.perf_counter(), self.resume()
+        if first == 0:
+            self.samples = self._samples(0)
+            self.judge(0)
+        for step in range(first, self.total_steps):
+            row = self.step(step)
+            if (step + 1) % config.logging_steps == 0 or step + 1 == self.total_steps:
+                self.add(row)
+            if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < self.total_steps:
+                self.judge(step + 1)
+            if config.save_steps and (step + 1) % config.save_steps == 0:
+                self.checkpoint(step + 1)
+        self.judge(self.total_steps)
+        return self.finish(time.perf_counter() - start)
 
     def step(self, step):
         """One rollout and its updates -> the row for the history."""
-        config, start = self.config, time.perf_counter()
-        prompts, numbers = self._prompts(step)
-        answers = self._sample(prompts, [hash((config.seed, step, n)) for n in numbers])
-        sampled = time.perf_counter()
-        with torch.no_grad(), self.autocast():
-            batch = self._score(prompts, answers)
-            advantages, returns, rewards = self._advantages(batch)
-        scored = time.perf_counter()
-        stats = self._update(batch, advantages, returns)
-        kl, row = self._figures(batch, rewards, returns)
-        self.kl.update(kl, int(all_sum([len(answers)])))
-        end = time.perf_counter()
-        return {"step": step + 1, **row, **stats, "learning_rate": self.actor.learning_rate, "seconds": end - start,
-                "seconds_rollout": sampled - start, "seconds_scoring": scored - sampled, "seconds_update": end - scored}
+        config, times = self.config, [self._now("sampling")]
+        rows, numbers = self._prompts(step)
+        answers = self.experience.sample(rows, [hash((config.seed, step, n)) for n in numbers])
+        times.append(self._now("scoring"))
+        batch = self.experience.score(rows, *answers)
+        advantages, returns, rewards = self._advantages(batch)
+        times.append(self._now("the update"))
+        stats = self._update(step, batch, advantages, returns)
+        row, count = figures(batch, rewards, returns)
+        row["kl_coefficient"] = self.kl.value
+        self.kl.update(row["kl"], count)
+        if config.keep_rollouts:
+            self._keep(step + 1, numbers, batch, advantages)
+        times.append(self._now("sampling"))
+        spans = [b - a for a, b in zip(times, times[1:])]
+        return {"step": step + 1, **row, **stats, "learning_rate": self.actor.learning_rate, "seconds": sum(spans),
+                **dict(zip(("seconds_rollout", "seconds_scoring", "seconds_update"), spans))}
 
     def _prompts(self, step):
-        """This process's share of the step's prompts, strided so that step s sees the same prompts for any number of processes."""
-        config, chosen = self.config, []
-        while len(chosen) < self.per_step:
-            epoch, at = divmod(step * self.per_step + len(chosen), len(self.rows))
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
-            chosen += order[at:at + self.per_step - len(chosen)]
-        numbers = [n for i in range(rank(), self.per_step, world_size())
-                   for n in range(i * config.answers_per_prompt, (i + 1) * config.answers_per_prompt)]
-        return [self.rows[chosen[n // config.answers_per_prompt]] for n in numbers], numbers
+        """This process's prompts of the step, one for each answer, and the answers' numbers, which are the same for any number of processes."""
+        times = self.config.answers_per_prompt
+        at = range(rank(), self.per_step, world_size())
+        return [row for row in self._strided(self.rows, step, self.per_step) for _ in range(times)], \
+            [n for i in at for n in range(i * times, (i + 1) * times)]
 
-    def _sample(self, prompts, seeds):
-        config = self.config
-        return rollout(self.actor.model, [row["prompt_ids"] for row in prompts], config.max_new_tokens, self.end_ids,
-                       self.tokenizer.pad_token_id, seeds, config.temperature, config.top_k, config.top_p, synced=config.zero_stage == 3)
-
-    def _score(self, prompts, answers):
-        """Log-probs, values and scores of the sampled ids, by the modules that train."""
-        (end, *_), config = self.end_ids, self.config
-        rows = [row["prompt_ids"] + answer for row, answer in zip(prompts, answers)]
-        ids, mask = pad(rows, self.tokenizer.pad_token_id).to(device()), pad([[1] * len(r) for r in rows], 0).to(device())
-        answer = pad([[0] * (len(p["prompt_ids"]) - 1) + [1] * len(a) for p, a in zip(prompts, answers)], 0, ids.shape[1] - 1).to(device())
-        texts = [(row["record"].prompt, self.tokenizer.decode([t for t in a if t != end])) for row, a in zip(prompts, answers)]
-        parts = [self._logps(ids[i:i + self.mini], mask[i:i + self.mini]) for i in range(0, len(ids), self.mini)]
-        logps, ref_logps, entropy = (torch.cat(p) for p in zip(*parts))
-        values = None
-        if config.critic != "none":
-            value_of = self.critic or self.rewards.models[0]
-            values = torch.cat([value_of(ids[i:i + self.mini], attention_mask=mask[i:i + self.mini]) for i in range(0, len(ids), self.mini)])
-        return Rollout(ids, mask, answer.float(), logps, ref_logps, entropy, values, self.rewards(ids, mask, texts),
-                       torch.tensor([float(a[-1] == end) for a in answers], device=device()), texts)
-
-    def _logps(self, ids, mask):
-        """(log-probs of the actor, of the reference, entropy of the actor), each (B, T-1), of the temperature-scaled distribution."""
-        t = self.config.temperature
-        logits = self.actor(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        if self.reference is not None:
-            ref_logits = self.reference(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        else:
-            with self.actor.model.disable_adapter():
-                ref_logits = self.actor(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        return rl.token_logps(logits, ids[:, 1:], t), rl.token_logps(ref_logits, ids[:, 1:], t), rl.entropy(logits, t)
+    def _strided(self, rows, number, together):
+        """This process's share of the number-th `together` rows, epoch by epoch in an order of its own."""
+        chosen = []
+        while len(chosen) < together:
+            epoch, at = divmod(number * together + len(chosen), len(rows))
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.config.seed + epoch)).tolist()
+            chosen += order[at:at + together - len(chosen)]
+        return [rows[i] for i in chosen[rank()::world_size()]]
 
     def _advantages(self, batch):
-        """-> advantages (B, T-1), returns (B, T-1) or None, rewards (B, T-1)."""
-        config = self.config
-        coefficient = self.kl.value if config.kl_in == "reward" else 0.0
-        clipped = batch.score.clamp(-config.score_clip, config.score_clip)
-        rewards = rl.shaped_rewards(clipped, batch.logps, batch.ref_logps, batch.answer, coefficient, batch.finished, config.unfinished_score)
+        """-> advantages (B, A), returns (B, A) or None, rewards (B, A)."""
+        config, score = self.config, batch.score
+        if self.moments:
+            self.moments.update(score)
+            score = self.moments.normalize(score)
+        rewards = rl.shaped_rewards(score.clamp(-config.score_clip, config.score_clip), batch.logps, batch.ref_logps, batch.answer,
+                                    self.kl.value if config.kl_in == "reward" else 0.0, batch.finished, config.unfinished_score)
         if config.advantage == "gae":
-            last = (batch.mask.sum(1, keepdim=True) - 1)
+            last = batch.answer.sum(1, keepdim=True).long()
             advantages, returns = rl.gae(rewards, batch.values[:, :-1], batch.answer, batch.finished, config.gamma, config.lam,
                                          bootstrap=batch.values.gather(1, last)[:, 0])
-        else:
-            one_each = getattr(rl, config.advantage)(rewards.sum(1), config.answers_per_prompt)
-            advantages, returns = one_each[:, None] * batch.answer, None
-        return (rl.whiten(advantages, batch.answer) if config.whiten_advantages and returns is not None else advantages), returns, rewards
+            return rl.whiten(advantages, batch.answer) if config.whiten_advantages else advantages, returns, rewards
+        each = getattr(rl, config.advantage)(rewards.sum(1), config.answers_per_prompt)
+        return each[:, None] * batch.answer, None, rewards
 
-    def _update(self, batch, advantages, returns):
-        """ppo_epochs passes over the rollout in mini-batches, each an update of actor and critic -> figures, averaged over the updates."""
-        config, figures, norms = self.config, [], []
-        for _ in range(config.ppo_epochs):
-            for start in range(0, len(batch.ids), self.mini):
-                rows = torch.arange(start, min(start + self.mini, len(batch.ids)), device=device())
-                tokens, sums = float(all_sum([batch.answer[rows].sum()])), {}
-                micros = rows.chunk(config.gradient_accumulation_steps)
-                for micro in micros:
-                    for name, value in self._losses(batch, advantages, returns, micro, tokens, last=micro is micros[-1]).items():
-                        sums[name] = max(sums.get(name, 0.0), value) if name == "ratio_deviation" else sums.get(name, 0.0) + value
-                norms.append(self.actor.step())
-                if self.critic:
-                    self.critic.step()
-                figures.append(sums)
-        first = max(gather_list([figures[0]["ratio_deviation"]]))
-        names = [name for name in figures[0] if name != "ratio_deviation"]
-        means = all_sum([sum(f[name] for f in figures) / len(figures) for name in names]).tolist()
-        return {"first_ratio": first, **dict(zip(names, means)), "grad_norm": sum(norms) / len(norms)}
+    def _update(self, step, batch, advantages, returns):
+        """ppo_epochs passes over the rollout in mini-batches, each an update of actor and critic -> figures, means over the updates."""
+        config, figures, learns = self.config, [], step >= self.config.critic_warmup_steps
+        minis = torch.arange(len(batch.ids), device=device()).split(self.mini)
+        for n, rows in enumerate(minis * config.ppo_epochs):
+            tokens, answers = (float(x) for x in all_sum([batch.answer[rows].sum(), len(rows)]))
+            micros, sums = rows.split(self.micro), {}
+            if learns and self.ptx:
+                loss = self._ptx_loss(step * len(minis) * config.ppo_epochs + n)
+                self.actor.backward(config.ptx_coefficient * loss, last=False)
+                sums["ptx_loss"] = loss.item()
+            for micro in micros:
+                last = micro is micros[-1]
+                found = self._policy(batch, advantages, micro, tokens, answers, last) if learns else {}
+                found |= self._value(batch, returns, micro, tokens, last) if self.critic else {}
+                for name, value in found.items():
+                    sums[name] = max(sums.get(name, 0.0), value) if name == "ratio_deviation" else sums.get(name, 0.0) + value
+            norms = ({"grad_norm": self.actor.step()} if learns else {}) | ({"critic_grad_norm": self.critic.step()} if self.critic else {})
+            summed = dict(zip(sums, all_sum(list(sums.values())).tolist()))
+            figures.append(summed | norms | ({"first_ratio": max(gather_list([sums["ratio_deviation"]]))} if learns and n == 0 else {}))
+            if config.max_update_kl and summed.get("approx_kl", 0.0) > config.max_update_kl:
+                break
+        for engine in (self.actor, self.critic)[not learns:]:
+            engine and engine.advance()
+        means = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0] if name not in ("first_ratio", "ratio_deviation")}
+        return {k: v for k, v in figures[0].items() if k == "first_ratio"} | means | {"updates": len(figures)}
 
-    def _losses(self, batch, advantages, returns, rows, tokens, last):
-        """Backward passes of one micro-batch -> its share of the figures."""
-        config, ids, mask, answer = self.config, batch.ids[rows], batch.mask[rows], batch.answer[rows]
-        with self.autocast():
-            logits = self.actor(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        logps = rl.token_logps(logits, ids[:, 1:], config.temperature)
-        loss, stats = rl.policy_loss(logps, batch.logps[rows], advantages[rows], answer, config.clip, tokens)
+    def _policy(self, batch, advantages, rows, tokens, answers, last):
+        """The actor's backward pass on a micro-batch -> its share of the figures."""
+        config, answer = self.config, batch.answer[rows]
+        with self.experience.autocast():
+            logps, logits = self.experience.logps(self.actor, batch.ids[rows], batch.mask[rows], answer.shape[1])
+        with torch.set_grad_enabled(config.entropy_coefficient > 0):
+            entropy = (rl.entropy(logits, config.temperature) * answer).sum() / tokens
+        once = self.mini == len(batch.ids) and config.ppo_epochs == 1 and not config.rescore      # then these are the old ones
+        old, weight = logps.detach() if once else batch.logps[rows], rl.token_weights(
+            answer, config.loss_mean, tokens, answers, config.max_new_tokens)
+        loss = rl.policy_loss(logps, old, advantages[rows], weight, config.clip)
         if config.kl_in == "loss":              # k2, whose gradient is that of the KL
-            loss = loss + self.kl.value * rl.kl_estimates(logps, batch.ref_logps[rows], answer)[1].sum() / tokens
-        self.actor.backward(loss, last)
-        figures = {"policy_loss": loss.item(), **{name: stats[name].item() for name in ("clip_fraction", "ratio_deviation")}}
-        if self.critic:
-            with self.autocast():
-                values = self.critic(ids, attention_mask=mask)[:, :-1]
-            value_loss = rl.value_loss(values, batch.values[rows, :-1], returns[rows], answer, config.value_clip, tokens)
-            self.critic.backward(value_loss, last)
-            figures["value_loss"] = value_loss.item()
-        return figures
+            loss = loss + self.kl.value * (rl.kl_estimates(logps, batch.ref_logps[rows], answer)[1] * weight).sum()
+        self.actor.backward(loss - config.entropy_coefficient * entropy, last)
+        return {"policy_loss": loss.item(), "entropy": entropy.item(), **rl.ratio_stats(logps, old, answer, config.clip, tokens)}
 
-    def _figures(self, batch, rewards, returns):
-        """(KL in nats an answer, figures of the rollout over all processes)."""
-        k1, _, k3 = rl.kl_estimates(batch.logps, batch.ref_logps, batch.answer)
-        sums = all_sum([len(batch.ids), batch.score.sum(), rewards.sum(), k1.sum(), k3.sum(), (batch.entropy * batch.answer).sum(),
-                        batch.answer.sum(), batch.finished.sum()]).tolist()
-        answers, total, reward, kl, kl3, entropy, tokens, finished = sums
-        row = dict(score=total / answers, reward=reward / answers, kl=kl / answers, kl_k3=kl3 / answers, kl_coefficient=self.kl.value,
-                   entropy=entropy / tokens, length=tokens / answers, finished=finished / answers)
-        if returns is not None:
-            row["explained_variance"] = float(rl.explained_variance(batch.values[:, :-1], returns, batch.answer))
-        return row["kl"], row
+    def _value(self, batch, returns, rows, tokens, last):
+        """The critic's backward pass on a micro-batch -> its share of the figures."""
+        answer = batch.answer[rows]
+        with self.experience.autocast():
+            values = self.critic(batch.ids[rows], attention_mask=batch.mask[rows])[:, -answer.shape[1] - 1:-1]
+        loss = rl.value_loss(values, batch.values[rows, :-1], returns[rows], answer / tokens, self.config.value_clip)
+        self.critic.backward(loss, last)
+        return {"value_loss": loss.item()}
 
+    def _ptx_loss(self, number):
+        """This process's part of the loss on the rows mixed in, a mean over all their tokens."""
+        rows = self._strided(self.ptx, number, self.config.ptx_batch_size * world_size())
+        batch = {k: v.to(device()) for k, v in collate(rows, self.pad_id).items()}
+        labels = batch.pop("labels")[:, 1:]
+        with self.experience.autocast():
+            logits = self.actor(**batch, use_cache=False).logits[:, :-1]
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total / float(all_sum([(labels != IGNORE).sum()]))
+
+    @torch.no_grad()
     def judge(self, step):
-        """Answers to the held-out prompts, with the same noise each time: mean score, gold score where the judge's rules apply, length."""
-        (end, *_), pad_id, totals = self.end_ids, self.tokenizer.pad_token_id, torch.zeros(5)
-        for start in range(0, len(self.dev), 64 * world_size()):
-            mine = range(start + rank(), min(start + 64 * world_size(), len(self.dev)), world_size())
+        """Answers to the held-out prompts, with the same noise each time: score, KL, length, and gold where the judge's rules apply."""
+        found, golds, world = [], [], world_size()
+        for start in range(0, len(self.dev), JUDGED * world):
+            mine = range(start + rank(), min(start + JUDGED * world, len(self.dev)), world)
             part = [self.dev[i] for i in mine or [0]]                   # sharded weights: all processes take part
-            sampled = self._sample(part, [hash((self.config.seed, -1, i)) for i in mine or [0]])
-            answers = [[t for t in a if t != end] for a in sampled]
-            ids = [row["prompt_ids"] + a + [end] for row, a in zip(part, answers)]
-            texts = [(row["record"].prompt, self.tokenizer.decode(a)) for row, a in zip(part, answers)]
-            scores = self.rewards(pad(ids, pad_id).to(device()), pad([[1] * len(i) for i in ids], 0).to(device()), texts)
-            golds = [gold(*t) for t in texts if applies(t[0])]
-            totals += bool(mine) * torch.tensor([len(part), float(scores.sum()), sum(map(len, sampled)), len(golds), sum(golds)])
-        count, total, length, judged, golds = all_sum(totals).tolist()
-        if count:
-            row = {"step": step, "eval_score": total / count, "eval_length": length / count}
-            self.add(row | ({"eval_gold": golds / judged} if judged else {}))
+            answers = self.experience.sample(part, [hash((self.config.seed, -1, i)) for i in mine or [0]])
+            batch = self.experience.score(part, *answers, valued=False)
+            found.append(figures(batch, counted=bool(mine)))
+            golds += [(gold(*text), score) for text, score in zip(batch.texts, batch.score.tolist()) if mine and applies(text[0])]
+        if found:
+            total = sum(count for _, count in found)
+            means = {f"eval_{name}": sum(row[name] * count for row, count in found) / total for name in ("score", "length", "finished", "kl")}
+            self.add({"step": step, **means, **gold_figures(gather_list(golds))})
+            self._keep_best()
 
     def add(self, row):
         self.history.append(row)
@@ -243,43 +228,73 @@ class PPOTrainer:
         state = load_checkpoint(self.config.output_dir, self.engines, rank()) if self.config.resume else None
         if state is None:
             return 0
-        self.history, self.samples, self.kl.value = json.loads(state["history"]), json.loads(state["samples"]), state["kl"]
+        self.history, self.samples, self.best = json.loads(state["history"]), json.loads(state["samples"]), state["best"]
+        self.kl.value = state["kl"]
+        if self.moments:
+            self.moments = rl.Moments(*state["moments"])
+        say(self.config.output_dir, f"going on from step {state['step']}")
         return state["step"]
 
     def checkpoint(self, step):
-        state = {"kl": self.kl.value, "history": json.dumps(self.history), "samples": json.dumps(self.samples)}
+        state = {"kl": self.kl.value, "moments": list(vars(self.moments).values()) if self.moments else [], "best": self.best,
+                 "history": json.dumps(self.history), "samples": json.dumps(self.samples)}
         save_checkpoint(self.config.output_dir, step, state, self.engines, self.config.save_total_limit, rank(),
                         dist.barrier if dist.is_initialized() else lambda: None)
 
     def finish(self, seconds):
-        """Save actor (adapters merged) and tokenizer into the run folder -> Result."""
+        """Save the actor (adapters merged), its average and the tokenizer into the run folder -> Result."""
         self.samples += self._samples(self.total_steps)
-        weights = self.actor.weights() if self.config.zero_stage == 3 else None
-        if rank() == 0:
-            model = merged(self.actor.model, torch.arange(8, 24, device=device())[None])
-            save_folder(self.config.output_dir, lambda folder: (
-                model.save_pretrained(folder, **({"state_dict": weights} if weights else {})), self.tokenizer.save_pretrained(folder)))
+        if self.actor.average:
+            with self.actor.average.in_place():
+                self._save("ema", copy.deepcopy(self.actor.model) if self.config.lora_rank else self.actor.model)
+        self._save("", self.actor.model)
         trained = [row for row in self.history if "score" in row]
         held_out = [row for row in self.history if "eval_score" in row]
         metrics = {k: v for k, v in trained[-1].items() if k in ("score", "kl", "length", "finished", "entropy")}
         for row, suffix in ((held_out[0], "_before"), (held_out[-1], "")) if held_out else ():
             metrics |= {f"{k}{suffix}": v for k, v in row.items() if k.startswith("eval_")}
-        spans, answers = [row["seconds"] for row in trained], self.per_step * self.config.answers_per_prompt
+        spans, answers = [row["seconds"] for row in trained], self.size * world_size()
         metrics |= {"seconds_per_step": statistics.median(spans), "memory_gib": peak_memory(), "steps": self.total_steps, "seconds": seconds,
                     "tokens_per_second": statistics.median(row["length"] * answers / row["seconds"] for row in trained)}
         return Result(self.config.stage, self.config.to_dict(), metrics | sample_metrics(self.samples), self.config.output_dir,
                       self.history, self.samples)
 
-    def _samples(self, step):
-        return answer_samples(self.actor.model, self.tokenizer, self.family,
-                              (row["record"] for row in self.dev), self.config, step)
+    def _save(self, name, model):
+        """The actor and its tokenizer into a folder of the run, whole or not at all; a LoRA model is merged."""
+        weights, folder = self.actor.weights() if self.config.zero_stage == 3 else None, Path(self.config.output_dir, name)
+        if rank() == 0:
+            model = merged(model, torch.arange(8, 24, device=device())[None])
+            save_folder(folder, lambda beside: (
+                model.save_pretrained(beside, **({"state_dict": weights} if weights else {})), self.tokenizer.save_pretrained(beside)))
 
-    def _critic(self):
-        """The critic that is trained along, started from the reward model or from the actor, or None."""
-        if self.config.critic not in ("reward", "actor"):
-            return None
-        model = copy.deepcopy(self.rewards.models[0]) if self.config.critic == "reward" else \
-            RewardModel.from_causal(load_model(self.config.model_path, dtype=self.config.dtype), seed=self.config.seed)
-        if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return set_dropout(model, self.config.dropout).requires_grad_(True).train()
+    def _keep_best(self):
+        """The actor into best/ where the newest held-out figure that `best_by` names is the largest so far."""
+        name, row = self.config.best_by, self.history[-1]
+        if name and name not in row:
+            raise ValueError(f"best_by is {name!r}; this run has: {', '.join(k for k in row if k.startswith('eval_'))}")
+        if name and row[name] > self.best:
+            self.best = row[name]
+            self._save("best", copy.deepcopy(self.actor.model) if self.config.lora_rank else self.actor.model)
+
+    def _keep(self, step, numbers, batch, advantages):
+        found = gather_list(as_rows(step, numbers, batch, advantages))
+        if rank() == 0:
+            keep(self.config.output_dir, step, [answer for _, answer in sorted(found, key=lambda pair: pair[0])])
+
+    def _samples(self, step):
+        with self.actor.whole() as model:
+            return answer_samples(model, self.tokenizer, self.family, (row["record"] for row in self.dev), self.config, step)
+
+    def _ptx_rows(self):
+        """Rows of the records at ptx_path, whose loss is mixed in."""
+        rows, _, _ = rows_for(replace(self.config, data_path=self.config.ptx_path), partial(
+            sft_rows if self.config.ptx_rows == "sft" else text_rows, family=self.family, tokenizer=self.tokenizer,
+            max_length=self.config.max_length))
+        return rows
+
+    def _now(self, phase):
+        """The clock, when the device has done what it was asked for; the phase that begins is named where memory runs out."""
+        self.phase = phase
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
