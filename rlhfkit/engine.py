@@ -14,6 +14,8 @@ from transformers import get_scheduler
 
 from rlhfkit.zero import deepspeed_config
 
+UNSAID = {"kl_k2", "kl_k3", "kl_coefficient", "repetition", "score_std", "score_spread", "reward", "sampler_gap", "value_std", "approx_kl",
+          "critic_grad_norm", "updates", "eval_finished", "eval_score_gold"}
 SCHEDULES = {"constant": "constant_with_warmup"}        # what transformers calls ours
 
 
@@ -46,22 +48,35 @@ class Engine:
             loss.backward()
 
     def step(self):
-        """Clip and update -> norm of the gradient before clipping."""
+        """Clip and update -> norm of the gradient before clipping. Raises FloatingPointError where it is no finite number (float16 skips such
+        a step instead, and lowers its loss scale)."""
         if self.deepspeed:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])   # stage 0 keeps none
             self.deepspeed.step()
             norm = float(self.deepspeed.get_global_grad_norm() or norm)
+            self._check(norm)
         else:
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+            self._check(norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update()
         return norm
 
+    def _check(self, norm):
+        if not math.isfinite(norm) and self.config.dtype != "float16":
+            raise FloatingPointError(f"the gradient's norm is {norm}; it must be finite: lower learning_rate, or look for a score or a row that "
+                                     "is not; the last checkpoint is whole, and the same run goes on from it")
+
     def advance(self):
         """The next step of the learning rate's schedule: once a rollout in PPO, however many updates it took."""
         self.scheduler.step()
+
+    @property
+    def loss_scale(self):
+        """What float16's losses are multiplied by, None for other types."""
+        return float(self.deepspeed.optimizer.cur_scale) if self.deepspeed and self.config.dtype == "float16" else None
 
     @property
     def learning_rate(self):
@@ -159,9 +174,11 @@ def say(output_dir, line):
 
 
 def log_line(row):
-    """`step 20  loss 2.143  lr 8.0e-06  1.2 s` from a row of the history."""
+    """`step 20  loss 2.143  lr 8.0e-06  1.2 s` from a row of the history, which has more than a line should."""
     parts = [f"step {row['step']}"]
     for name, value in row.items():
+        if name in UNSAID:
+            continue
         if name == "learning_rate":
             parts.append(f"lr {value:.1e}")
         elif name == "seconds":

@@ -98,7 +98,8 @@ def _models(config):
     if config.stage == "ppo":
         rewards = [shape_of(path.strip(), targets) for path in config.reward_path.split(",") if path.strip()]
         trained += {"actor": [actor], "reward": rewards[:1]}.get(config.critic, [])
-        frozen = {"reference": [] if config.lora_rank else [actor], "reward model": rewards}
+        shared = config.lora_rank and config.critic == "reward"             # the critic without its adapters is the reward model
+        frozen = {"reference": [] if config.lora_rank else [actor], "reward model": rewards[1:] if shared else rewards}
     return trained, frozen
 
 
@@ -112,7 +113,10 @@ def _gpu_parts(config, models, num_gpus):
              "gradients": 0 if offload != "none" else gradients / share[1],
              "optimizer": 0 if offload != "none" else states / share[2]}
     for name, shapes in frozen.items():
-        parts[name] = sum(s.parameters for s in shapes) * _plain_bytes(dtype)
+        waits = config.stage == "ppo" and config.frozen_on == "host"         # lent while the update's activations are not there
+        parts[name] = 0 if waits else sum(s.parameters for s in shapes) * _plain_bytes(dtype)
+    if getattr(config, "ema_decay", 0):
+        parts["average"] = 4 * (config.lora_rank * trained[0].adapters if config.lora_rank else trained[0].parameters) / share[0]
     if stage:
         parts["buckets"] = config.bucket_size * STATES[dtype][1] * (2 if config.overlap_comm else 1)
     if stage == 3:
@@ -133,18 +137,18 @@ def _state_bytes(config, trained, num_gpus):
 
 
 def _activations(config, trained):
-    """Bytes of activations and logits of an update, or of the key and value cache of a rollout where that is more."""
+    """Bytes of activations and logits of an update, and of the key and value cache of a rollout."""
     layer, residual, score, logit = ACTIVATIONS[config.dtype]
     rows, length, costs = _rows(config), config.max_length, []
     for shape in trained:
         whole = layer + (score * shape.heads * length / shape.hidden if shape.eager else 0)
         layers = residual * shape.layers + whole if config.gradient_checkpointing else whole * shape.layers
         costs.append(layers * rows * length * shape.hidden)
-    logits = 0 if config.stage == "reward" else logit * rows * length * trained[0].vocab
-    cache = 0
-    if config.stage == "ppo":
-        cache = config.batch_size * config.answers_per_prompt * length * trained[0].cached * _plain_bytes(config.dtype)
-    return {"cache": cache} if cache > max(costs) + logits else {"activations": max(costs), "logits": logits}
+    predicted = config.max_new_tokens if config.stage == "ppo" else length
+    parts = {"activations": max(costs), "logits": 0 if config.stage == "reward" else logit * rows * predicted * trained[0].vocab}
+    if config.stage == "ppo":           # kept between rollouts, together with the captured steps
+        parts["cache"] = config.batch_size * config.answers_per_prompt * length * trained[0].cached * _plain_bytes(config.dtype)
+    return parts
 
 
 def _host(config, models, num_gpus):
@@ -159,7 +163,8 @@ def _host(config, models, num_gpus):
 
 def _rows(config):
     if config.stage == "ppo":
-        return config.mini_batch_size or config.batch_size * config.answers_per_prompt
+        mini = config.mini_batch_size or config.batch_size * config.answers_per_prompt
+        return -(-mini // config.gradient_accumulation_steps)
     return config.batch_size * (ANSWERS if config.stage in ("reward", "dpo") else 1)
 
 
@@ -204,5 +209,5 @@ def too_little(config, phase, num_gpus, error):
     estimate = will_it_fit(config, total, max(1, num_gpus))
     advice = estimate.suggestion or "mini_batch_size or max_length by half, gradient_checkpointing=True"
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in estimate.parts.items())
-    return MemoryError(f"the GPU's {total:.1f} GiB were too little in {phase} ({str(error).splitlines()[0][:120]}); estimated need {estimate.gpu_gib:.1f} "
-                       f"GiB ({parts}); change {advice}; the last checkpoint is whole, and the same call goes on from it")
+    return MemoryError(f"the GPU's {total:.1f} GiB were too little in {phase} ({str(error).splitlines()[0][:120]}); estimated need: "
+                       f"{estimate.gpu_gib:.1f} GiB ({parts}); change {advice}; the last checkpoint is whole, and the same call goes on from it")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from rlhfkit.engine import device
-from rlhfkit.families import load_tokenizer
+from rlhfkit.families import DTYPES, load_tokenizer
 from rlhfkit.models.value import load_reward_model, score
 from rlhfkit.rl import ensemble
 
@@ -56,7 +56,7 @@ class Rewards:
         if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"the reward model in {path} has another vocabulary than the actor in {config.model_path}; "
                              "train one on the actor's tokenizer, or give a reward_function that scores texts")
-        model = load_reward_model(path).requires_grad_(False)
+        model = load_reward_model(path, dtype=DTYPES[config.dtype]).requires_grad_(False)
         return model if config.frozen_on == "host" else model.to(device())
 
 

@@ -3,6 +3,7 @@
 Held-out figures come from a function of the model that the stage gives (`judge`), at step 0, every eval_steps and at the end, so that every
 stage can say before and after; HF's own evaluation averages batch means.
 """
+import copy
 import json
 import math
 import os
@@ -194,6 +195,17 @@ def save(config, trainer, tokenizer):
     elif rank() == 0:
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_folder(config.output_dir, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+
+
+def save_engine(engine, tokenizer, folder, last=True):
+    """The model of an Engine and its tokenizer into a folder, whole or not at all (call it on all processes). Adapters are merged, into a copy
+    of the model unless this is the `last` use of it."""
+    weights = engine.weights() if engine.config.zero_stage == 3 else None
+    if rank() == 0:
+        model = copy.deepcopy(engine.model) if engine.config.lora_rank and not last else engine.model
+        model = merged(model, torch.arange(8, 24, device=device())[None])
+        save_folder(folder, lambda beside: (
+            model.save_pretrained(beside, **({"state_dict": weights} if weights else {})), tokenizer.save_pretrained(beside)))
 
 
 class History(TrainerCallback):

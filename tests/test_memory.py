@@ -29,7 +29,8 @@ def config(tmp_path):
                       zero_stage=0, offload="none", bucket_size=200_000_000, max_live_parameters=10 ** 9,
                       overlap_comm=False)
         if stage == "ppo":
-            values |= dict(reward_path=folder("350M"), critic="reward", answers_per_prompt=1, mini_batch_size=0)
+            values |= dict(reward_path=folder("350M"), critic="reward", answers_per_prompt=1, mini_batch_size=0, max_new_tokens=256,
+                           frozen_on="device", ema_decay=0.0)
         return SimpleNamespace(**values | fields)
     return make
 
@@ -103,6 +104,15 @@ def test_checkpointing_sdpa_and_lora_each_save_what_they_should(config):
     assert parts(gradient_checkpointing=True)["activations"] < plain["activations"] / 5
     assert parts(attention="eager")["activations"] > 2 * plain["activations"]
     assert lora["optimizer"] < plain["optimizer"] / 50 and lora["weights"] == pytest.approx(plain["weights"], rel=0.02)
+
+
+def test_ppo_s_average_and_what_waits_on_the_host_by_hand(config):
+    weights = 2_625_295_360 / 2 ** 30
+    assert will_it_fit(config("2.6B", "sdpa", "ppo", ema_decay=0.99), 80, 1).parts["average"] == pytest.approx(4 * weights)
+    waiting = will_it_fit(config("2.6B", "sdpa", "ppo", frozen_on="host"), 80, 1).parts
+    assert "reference" not in waiting and "reward model" not in waiting
+    cache = will_it_fit(config("2.6B", "sdpa", "ppo", dtype="bfloat16"), 80, 1).parts["cache"]
+    assert cache == pytest.approx(512 * 327_680 / 2 ** 30)            # peers.md: 327,680 bytes a token
 
 
 def test_ppo_counts_critic_reference_and_reward_model_and_none_that_is_not_there(config):

@@ -3,7 +3,6 @@
 One step: sample answers, score them, shape rewards, estimate advantages, update actor and critic. The ids trained on are the ids sampled:
 the 2023 kit decoded and encoded again, let GAE run over padding, swapped its two losses and never left its loop.
 """
-import copy
 import json
 import math
 import statistics
@@ -25,9 +24,9 @@ from rlhfkit.rewards import Rewards
 from rlhfkit.rollout import answer_samples, keep, sample_metrics
 from rlhfkit.rows import collate, prompt_rows, sft_rows, text_rows
 from rlhfkit.samples.couplets import applies, gold
-from rlhfkit.saving import load_checkpoint, save_checkpoint, save_folder
+from rlhfkit.saving import load_checkpoint, save_checkpoint
 from rlhfkit.states import Average
-from rlhfkit.trainer import merged, peak_memory, prepare, rows_for
+from rlhfkit.trainer import peak_memory, prepare, rows_for, save_engine
 
 JUDGED = 64                         # held-out prompts a process answers at once
 
@@ -49,7 +48,9 @@ class PPOTrainer:
         self.pad_id = self.tokenizer.pad_token_id
         self.rows, self.dev, _ = rows_for(config, partial(
             prompt_rows, family=self.family, tokenizer=self.tokenizer, max_length=config.max_length - config.max_new_tokens))
-        self.ptx = self._ptx_rows() if config.ptx_coefficient else None
+        self.ptx = rows_for(replace(config, data_path=config.ptx_path), partial(
+            {"sft": sft_rows, "pretrain": text_rows}[config.ptx_rows], family=self.family, tokenizer=self.tokenizer,
+            max_length=config.max_length))[0] if config.ptx_coefficient else None
         self.size = config.batch_size * config.answers_per_prompt               # answers a process and rollout
         self.mini = min(config.mini_batch_size or self.size, self.size)
         self.micro = math.ceil(self.mini / config.gradient_accumulation_steps)
@@ -69,6 +70,7 @@ class PPOTrainer:
             else rl.FixedKL(config.kl_coefficient)
         self.moments = None if config.normalize_scores == "none" else rl.Moments(config.normalize_scores == "running")
         self.history, self.samples, self.best = [], [], -math.inf
+        self._remark()
 
     def train(self):
         config, start, first = self.config, time.perf_counter(), self.resume()
@@ -97,12 +99,12 @@ class PPOTrainer:
         times.append(self._now("the update"))
         stats = self._update(step, batch, advantages, returns)
         row, count = figures(batch, rewards, returns)
-        row["kl_coefficient"] = self.kl.value
+        row |= {"kl_coefficient": self.kl.value} | ({"loss_scale": self.actor.loss_scale} if self.actor.loss_scale else {})
         self.kl.update(row["kl"], count)
         if config.keep_rollouts:
             self._keep(step + 1, numbers, batch, advantages)
         times.append(self._now("sampling"))
-        spans = [b - a for a, b in zip(times, times[1:])]
+        spans = [end - begin for begin, end in zip(times, times[1:])]
         return {"step": step + 1, **row, **stats, "learning_rate": self.actor.learning_rate, "seconds": sum(spans),
                 **dict(zip(("seconds_rollout", "seconds_scoring", "seconds_update"), spans))}
 
@@ -128,6 +130,7 @@ class PPOTrainer:
         if self.moments:
             self.moments.update(score)
             score = self.moments.normalize(score)
+            batch.values = self._on_the_scores_scale(batch.values)
         rewards = rl.shaped_rewards(score.clamp(-config.score_clip, config.score_clip), batch.logps, batch.ref_logps, batch.answer,
                                     self.kl.value if config.kl_in == "reward" else 0.0, batch.finished, config.unfinished_score)
         if config.advantage == "gae":
@@ -185,10 +188,14 @@ class PPOTrainer:
         """The critic's backward pass on a micro-batch -> its share of the figures."""
         answer = batch.answer[rows]
         with self.experience.autocast():
-            values = self.critic(batch.ids[rows], attention_mask=batch.mask[rows])[:, -answer.shape[1] - 1:-1]
+            values = self._on_the_scores_scale(self.critic(batch.ids[rows], attention_mask=batch.mask[rows])[:, -answer.shape[1] - 1:-1])
         loss = rl.value_loss(values, batch.values[rows, :-1], returns[rows], answer / tokens, self.config.value_clip)
         self.critic.backward(loss, last)
         return {"value_loss": loss.item()}
+
+    def _on_the_scores_scale(self, values):
+        """Values of a model that was trained to give scores, normalised as the scores are: else the critic would start far off."""
+        return self.moments.normalize(values) if self.moments and values is not None and self.config.critic in ("reward", "frozen") else values
 
     def _ptx_loss(self, number):
         """This process's part of the loss on the rows mixed in, a mean over all their tokens."""
@@ -246,8 +253,8 @@ class PPOTrainer:
         self.samples += self._samples(self.total_steps)
         if self.actor.average:
             with self.actor.average.in_place():
-                self._save("ema", copy.deepcopy(self.actor.model) if self.config.lora_rank else self.actor.model)
-        self._save("", self.actor.model)
+                save_engine(self.actor, self.tokenizer, Path(self.config.output_dir, "ema"), last=False)
+        save_engine(self.actor, self.tokenizer, self.config.output_dir)
         trained = [row for row in self.history if "score" in row]
         held_out = [row for row in self.history if "eval_score" in row]
         metrics = {k: v for k, v in trained[-1].items() if k in ("score", "kl", "length", "finished", "entropy")}
@@ -259,14 +266,6 @@ class PPOTrainer:
         return Result(self.config.stage, self.config.to_dict(), metrics | sample_metrics(self.samples), self.config.output_dir,
                       self.history, self.samples)
 
-    def _save(self, name, model):
-        """The actor and its tokenizer into a folder of the run, whole or not at all; a LoRA model is merged."""
-        weights, folder = self.actor.weights() if self.config.zero_stage == 3 else None, Path(self.config.output_dir, name)
-        if rank() == 0:
-            model = merged(model, torch.arange(8, 24, device=device())[None])
-            save_folder(folder, lambda beside: (
-                model.save_pretrained(beside, **({"state_dict": weights} if weights else {})), self.tokenizer.save_pretrained(beside)))
-
     def _keep_best(self):
         """The actor into best/ where the newest held-out figure that `best_by` names is the largest so far."""
         name, row = self.config.best_by, self.history[-1]
@@ -274,7 +273,7 @@ class PPOTrainer:
             raise ValueError(f"best_by is {name!r}; this run has: {', '.join(k for k in row if k.startswith('eval_'))}")
         if name and row[name] > self.best:
             self.best = row[name]
-            self._save("best", copy.deepcopy(self.actor.model) if self.config.lora_rank else self.actor.model)
+            save_engine(self.actor, self.tokenizer, Path(self.config.output_dir, "best"), last=False)
 
     def _keep(self, step, numbers, batch, advantages):
         found = gather_list(as_rows(step, numbers, batch, advantages))
@@ -285,16 +284,16 @@ class PPOTrainer:
         with self.actor.whole() as model:
             return answer_samples(model, self.tokenizer, self.family, (row["record"] for row in self.dev), self.config, step)
 
-    def _ptx_rows(self):
-        """Rows of the records at ptx_path, whose loss is mixed in."""
-        rows, _, _ = rows_for(replace(self.config, data_path=self.config.ptx_path), partial(
-            sft_rows if self.config.ptx_rows == "sft" else text_rows, family=self.family, tokenizer=self.tokenizer,
-            max_length=self.config.max_length))
-        return rows
+    def _remark(self):
+        config, prompts = self.config, [row["prompt_ids"] for row in self.rows[:1000]]
+        if config.top_k or config.top_p < 1:
+            say(config.output_dir, "top_k or top_p is set: answers are not samples of the distribution that is trained (log-probs are of the "
+                "whole one); leave them at 0 and 1.0 unless you mean it")
+        if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
+            say(config.output_dir, f"the first {len(prompts)} prompts are all the same: this trains one answer, not a policy")
 
     def _now(self, phase):
         """The clock, when the device has done what it was asked for; the phase that begins is named where memory runs out."""
         self.phase = phase
-        if device().type == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize() if device().type == "cuda" else None
         return time.perf_counter()
