@@ -20,14 +20,15 @@ _HOME = {
     "rows": "show read_data documents pack text_rows sft_rows reward_rows pair_rows prompt_rows",
     "configs": "Pretrain SFT Reward PPO DPO Result check_parameters",
     "saving": "versions",
-    "rollout": "generate judged_records",
+    "rollout": "generate judged_records rollouts",
     "launcher": "launch attach stop WorkerError",
     "health": "doctor",
+    "overoptimisation": "stop_point hindsight",
     "memory": "will_it_fit",
     "tasks": "Task TASKS",
     "evaluation": "evaluate tabulate perplexity compare win_rate report_card score leaderboard samples_table write_page",
     "bench": "sweep time_steps",
-    "plots": "plot_history plot_margins plot_scores plot_memory plot_rows plot_lengths plot_answers",
+    "plots": "plot_history plot_margins plot_scores plot_memory plot_rows plot_lengths plot_answers plot_frontier",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

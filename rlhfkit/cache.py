@@ -10,7 +10,6 @@ import inspect
 import itertools
 import json
 import os
-import re
 import shutil
 import socket
 import sys
@@ -18,28 +17,27 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import joblib
-import numpy as np
 import pyarrow as pa
 
 from rlhfkit.formats import stream_records
-from rlhfkit.records import Answer, Record
+from rlhfkit.forms import to_record
+from rlhfkit.records import Aside, to_line
 from rlhfkit.rows import AT_ONCE, FOLDER, NoRow, beside, data_files, data_hash, writable
 from rlhfkit.tokenizers.spread import no_collection
 
 CHARACTERS = 1 << 22    # a chunk of records ends here, or at AT_ONCE of them: 200 MB of memory at the most
 HERE = 8                # so many chunks are tokenised in this process, a second each: others take 5 s to start
 LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "jieba")
-SOURCES = ("cache.py", "rows.py", "formats.py", "records.py", "encodings.py", "tokenizers/*.py")
+SOURCES = ("cache.py", "rows.py", "formats.py", "forms.py", "records.py", "encodings.py", "tokenizers/*.py")
 IDS = pa.large_list(pa.int32())
 TYPES = {"id": pa.int64(), "source": pa.string(), "record": pa.string(), "scores": pa.large_list(pa.float64()),
-         "answers": pa.large_list(IDS)}
+         "answers": pa.large_list(IDS), "length": pa.int64()}
 
 
 @dataclass
@@ -49,8 +47,8 @@ class Prepared:
     folder: Path
     train: Sequence
     dev: Sequence
-    dev_records: Sequence
     facts: dict
+    dev_records: Sequence = ()
     seconds: float = 0.0    # that it took to make them, 0 from the cache
 
 
@@ -63,16 +61,18 @@ def prepared(config, build, num_proc=0):
     """
     start, files, key = time.perf_counter(), data_files(config.data_path), _key(config.data_path, build)
     homes = beside(config.data_path), Path(config.output_dir) / FOLDER
-    found = next(filter(None, (_opened(home / key, files) for home in homes)), None)
+    found = next(filter(None, (_opened(home / key) for home in homes)), None)
     if not found:
         folder = homes[not writable(homes[0])] / key
         folder.parent.mkdir(exist_ok=True)
-        with _alone(key):
-            if not _opened(folder, files):              # another process may have made it meanwhile
-                unpacked = partial(build, packing=False) if "packing" in arguments_of(build) else build
-                _make(folder, files, unpacked, num_proc or min(16, joblib.cpu_count()))
-        found = _opened(folder, files)
+        with open(Path(tempfile.gettempdir()) / f"rlhfkit-{os.getuid()}-{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)            # one process of a user on a machine; one that is killed lets go
+            if not _opened(folder):                     # another may have made it meanwhile
+                _make(folder, files, build, num_proc or min(16, joblib.cpu_count()))
+            Path(lock.name).unlink(missing_ok=True)     # whoever comes now finds what was made
+        found = _opened(folder)
         found.seconds = time.perf_counter() - start
+    found.dev_records = [record for file in files[1:] for record in stream_records(file, [])]
     return found
 
 
@@ -82,50 +82,27 @@ def arguments_of(build):
 
 
 class Rows(Sequence):
-    """Rows of a file: rows[i] is a dict of plain Python, a slice a list of them; no other row is read.
-
-    `lengths`: tokens a row, numpy (N,), from the places where rows begin.
-    """
+    """Rows of a file: rows[i] is a dict of plain Python, a slice a list of them; no other row is read. `lengths`: tokens a row,
+    numpy (N,)."""
 
     def __init__(self, path):
         self.path = str(path)
-        file = pa.ipc.open_file(pa.memory_map(self.path))
-        self.batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
+        table = pa.ipc.open_file(pa.memory_map(self.path)).read_all()
+        self.columns = dict(zip(table.column_names, table.columns))
+        self.lengths = self.columns.pop("length").to_numpy()
 
     def __reduce__(self):
         return Rows, (self.path,)
 
     def __len__(self):
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return len(self.lengths)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        which = int(np.searchsorted(self.ends, index, "right"))
-        batch = self.batches[which]
-        index -= int(self.ends[which])                          # from the end of the batch
-        row = {name: _plain(column[index]) for name, column in zip(batch.schema.names, batch.columns)}
-        return row | {"record": _record(row["record"])} if "record" in row else row
-
-    @cached_property
-    def lengths(self):
-        names = [name for name in self.batches[0].schema.names if name == "answers" or name.endswith("_ids")]
-        return np.concatenate([sum(_lengths(batch[name]) for name in names) for batch in self.batches])
-
-
-class Streamed:
-    """The good records of a file, read anew by each loop over them."""
-
-    def __init__(self, path, count):
-        self.path, self.count = path, count
-
-    def __len__(self):
-        return self.count
-
-    def __iter__(self):
-        return stream_records(self.path, [])
+        row = {name: _plain(column[index]) for name, column in self.columns.items()}
+        return row | {"record": to_record(json.loads(row["record"]))} if "record" in row else row
 
 
 def _key(path, build):
@@ -148,85 +125,59 @@ def _key(path, build):
     return digest.hexdigest()[:16]
 
 
-def _opened(folder, files):
+def _opened(folder):
     """What a whole folder holds, or None where there is none or it is damaged."""
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         (folder / "aside.jsonl").stat()
         train, dev = Rows(folder / "train.arrow"), Rows(folder / "dev.arrow") if facts["dev"] else []
-        if (len(train), len(dev)) == (facts["train"], facts["dev"]):
-            held_out = Streamed(files[1], facts["dev_records"]) if files[1:] else []
-            return Prepared(folder, train, dev, held_out, facts)
+        return Prepared(folder, train, dev, facts) if (len(train), len(dev)) == (facts["train"], facts["dev"]) else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-        pass
-    return None
-
-
-@contextmanager
-def _alone(key):
-    """Waits until no other process of this user on this machine is in here with the same key; one that is killed is out."""
-    path = Path(tempfile.gettempdir()) / f"rlhfkit-{os.getuid()}-{key}.lock"
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)                            # whoever comes now finds what was made
+        return None
 
 
 def _make(folder, files, build, num_proc):
-    mark = f".{folder.name}.{socket.gethostname()}."
-    for left in folder.parent.glob(f"{mark}*"):                 # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    part = folder.with_name(f"{mark}{os.getpid()}")
+    part = folder.with_name(f".{folder.name}.{socket.gethostname()}")
+    shutil.rmtree(part, ignore_errors=True)                     # of a process that was killed
     part.mkdir()
     try:
-        reasons = Counter()
-        counts = [_make_split(part, split, file, build, num_proc, reasons) for split, file in zip(("train", "dev"), files)]
-        facts = {split: count["rows"] for split, count in zip(("train", "dev"), [*counts, Counter()])}
-        facts |= {"dev_records": counts[-1]["records"], "reasons": reasons.most_common(3), "aside": sum(reasons.values()),
-                  "total": sum(count["records"] + count["unread"] for count in counts)}
+        aside, counts = Aside(part / "aside.jsonl"), {}
+        with aside.file:
+            for split, file in zip(("train", "dev"), files):
+                counts[split] = _make_split(part, split, file, build, num_proc, aside)
+        facts = {split: counts.get(split, Counter())["rows"] for split in ("train", "dev")}
+        facts |= {"reasons": aside.reasons.most_common(3), "aside": len(aside),
+                  "total": sum(count["records"] + count["unread"] for count in counts.values())}
         (part / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-        if not _opened(folder, files):                          # another machine may have been quicker
+        if not _opened(folder):                                 # another machine may have been quicker
             shutil.rmtree(folder, ignore_errors=True)           # damaged
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _make_split(part, split, file, build, num_proc, reasons):
-    """Rows into <split>.arrow, what is set aside behind aside.jsonl, counted by reason -> Counter of rows, records, unread."""
-    counts, first, writer = Counter(), [], None
-    with ExitStack() as stack:
-        aside = stack.enter_context(open(part / "aside.jsonl", "a", encoding="utf-8"))
-        for records, unread, batch, unusable in _chunks(file, build, num_proc):
-            first = first or unusable[:1]
-            for row in [*unread, *(row | {"split": split} for row in unusable)]:
-                aside.write(json.dumps(row, ensure_ascii=False) + "\n")
-                reasons[re.sub(r"\d+", "n", row["reason"])] += 1
-            counts.update(records=records, unread=len(unread), rows=batch.num_rows if batch else 0)
-            if batch:
-                writer = writer or stack.enter_context(pa.ipc.new_file(part / f"{split}.arrow", batch.schema))
-                writer.write_batch(batch)
+def _make_split(part, split, file, build, num_proc, aside):
+    """Rows into <split>.arrow, what is set aside to `aside` -> Counter of rows, records, unread."""
+    counts, first, writer, parts = Counter(), [], None, _parts(file)
+    some = list(itertools.islice(parts, HERE + 1))
+    build = partial(build, packing=False) if "packing" in arguments_of(build) else build
+    work = (joblib.delayed(_tokenised)(build, *part) for part in itertools.chain(some, parts))
+    # two chunks a process wait at the most, so that memory is bounded
+    done = joblib.Parallel(num_proc if len(some) > HERE else 1, return_as="generator")(work)
+    for records, unread, batch, unusable in done:
+        first = first or unusable[:1]
+        aside.extend([*unread, *(row | {"split": split} for row in unusable)])
+        counts.update(records=records, unread=len(unread), rows=batch.num_rows if batch else 0)
+        if batch:
+            writer = writer or pa.ipc.new_file(part / f"{split}.arrow", batch.schema)
+            writer.write_batch(batch)
     if split == "train" and not counts["records"]:
         raise ValueError(f"data_path {file} holds no usable record; {counts['unread']} rows were set aside")
     if counts["records"] and not counts["rows"]:
         raise NoRow(counts["records"], first)
+    if writer:
+        writer.close()
     return counts
-
-
-def _chunks(file, build, num_proc):
-    """(number of records, rows that are none, RecordBatch or None, records that cannot be used) of each chunk, in order."""
-    parts = _parts(file)
-    first = list(itertools.islice(parts, HERE + 1))
-    parts = itertools.chain(first, parts)
-    if num_proc == 1 or len(first) <= HERE:
-        yield from (_chunk(build, *part) for part in parts)
-        return
-    # two chunks a process wait at the most, so that memory is bounded
-    yield from joblib.Parallel(num_proc, return_as="generator")(joblib.delayed(_chunk)(build, *part) for part in parts)
-
-
-def _chunk(build, start, records, unread):
-    return len(records), unread, *_tokenised(build, records, start)
 
 
 def _parts(file):
@@ -243,8 +194,8 @@ def _parts(file):
         yield start, records, unread
 
 
-def _tokenised(build, records, start):
-    """-> (RecordBatch or None, records that cannot be used); ids go on from `start`."""
+def _tokenised(build, start, records, unread):
+    """A chunk -> (number of records, unread, RecordBatch or None, records that cannot be used); ids go on from `start`."""
     with no_collection():
         try:
             rows, unusable = build(records)
@@ -253,17 +204,14 @@ def _tokenised(build, records, start):
         for row in itertools.chain(rows, unusable):
             row["id"] += start
         if not rows:
-            return None, unusable
+            return len(records), unread, None, unusable
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         if "record" in columns:
-            columns["record"] = [json.dumps(astuple(record), ensure_ascii=False) for record in columns["record"]]
+            columns["record"] = [to_line(record).decode() for record in columns["record"]]
+        columns["length"] = [sum(map(len, row.get("answers") or [row[name] for name in row if name.endswith("_ids")]))
+                             for row in rows]
         arrays = [pa.array(values, TYPES.get(name, IDS)) for name, values in columns.items()]
-        return pa.record_batch(arrays, list(columns)), unusable
-
-
-def _record(text):
-    prompt, answers, *others = json.loads(text)
-    return Record(prompt, tuple(Answer(*answer) for answer in answers), *others)
+        return len(records), unread, pa.record_batch(arrays, list(columns)), unusable
 
 
 def _plain(value):
@@ -273,9 +221,3 @@ def _plain(value):
     if isinstance(value.values, pa.LargeListArray):
         return [part.values.to_numpy().tolist() for part in value.values]
     return value.values.to_numpy().tolist()
-
-
-def _lengths(column):
-    """Tokens of each row of a column of lists, or of lists of lists."""
-    ends = column.offsets.to_numpy()
-    return np.diff(column.values.offsets.to_numpy()[ends] if isinstance(column.values, pa.LargeListArray) else ends)

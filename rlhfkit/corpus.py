@@ -6,7 +6,6 @@ prompts' bigrams while near duplicates are looked for, and the sources' own inde
 """
 import json
 import os
-import re
 import shutil
 import time
 from array import array
@@ -20,9 +19,8 @@ import orjson
 from joblib import Parallel, delayed
 
 from rlhfkit import sources as raw
-from rlhfkit.duplicates import EvalGrams, prompt_groups
 from rlhfkit.forms import to_record
-from rlhfkit.records import dev_flags, prompt_key, to_line
+from rlhfkit.records import Aside, dev_flags, prompt_key, to_line
 
 LEAST = 0.2                         # share of a benchmark item's grams that a record holds when it is left out
 BUCKET = 1 << 25                    # bytes of records that are sorted at a time
@@ -33,8 +31,8 @@ def build_corpus(output_dir, sources=None, raw_dir=None, seed=0, dev_fraction=0.
 
     sources, raw_dir, seed, template: as in rk.build. dev_fraction: share of the distinct prompts that is held out, with
     their near duplicates. num_proc: processes that build. eval_dir: benchmark files; records that hold more than a fifth of
-    the 13-grams of one of their items go to contaminated.jsonl instead, and the items found are named in contamination.jsonl. Files are written
-    beside and renamed; memory does not grow with the corpus but for what the module's docstring names.
+    the 13-grams of one of their items go to contaminated.jsonl instead, and the items found are named in contamination.jsonl.
+    Files are written beside and renamed; memory does not grow with the corpus but for what the module's docstring names.
     """
     folder, names, chosen = raw.checked(sources, raw_dir, template)
     if num_proc < 1:
@@ -45,12 +43,12 @@ def build_corpus(output_dir, sources=None, raw_dir=None, seed=0, dev_fraction=0.
     try:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         buckets = max(1, min(256, 4 * size // BUCKET))
-        jobs = [(name, work / f"{number}-{i}", (i, num_proc)) for number, name in enumerate(names) for i in range(num_proc)]
-        found = Parallel(num_proc)(delayed(_build_part)(name, folder, seed, chosen, part, place, buckets) for name, place, part in jobs)
-        counts = _merged(names, folder, [job[0] for job in jobs], found, named=sources is not None)
+        places = {work / f"{number}-{i}": (name, (i, num_proc)) for number, name in enumerate(names) for i in range(num_proc)}
+        found = Parallel(num_proc)(delayed(_build_part)(name, folder, seed, chosen, part, place, buckets)
+                                   for place, (name, part) in places.items())
+        counts = _merged(names, folder, found, named=sources is not None)
         with open(work / "rejected.jsonl", "wb") as out:
-            for _, place, _ in jobs:
-                shutil.copyfileobj(open(place / "rejected.jsonl", "rb"), out)
+            out.writelines(_lines(place / "rejected.jsonl" for place in places))
         lines = [sorted(work.glob(f"*/{bucket}.jsonl")) for bucket in range(buckets)]
         counts |= _write_sides(work, lines, seed, dev_fraction, eval_dir)
         counts |= {"seed": seed, "template": template, "seconds": round(time.perf_counter() - start, 1)}
@@ -62,77 +60,57 @@ def build_corpus(output_dir, sources=None, raw_dir=None, seed=0, dev_fraction=0.
     return counts
 
 
-class Aside:
-    """Takes what is set aside, to a file: counts by reason, and the first row, stay in memory."""
-
-    def __init__(self, path):
-        self.file, self.reasons, self.first = open(path, "wb"), Counter(), None
-
-    def append(self, row):
-        self.file.write(orjson.dumps(row) + b"\n")
-        self.reasons[kind_of(row["reason"])] += 1
-        self.first = self.first or row
-
-    def extend(self, rows):
-        for row in rows:
-            self.append(row)
-
-    def __len__(self):
-        return sum(self.reasons.values())
-
-
-def kind_of(reason):
-    """The reason without what differs from row to row: texts in quotes and numbers."""
-    return re.sub(r"\d+", "n", re.sub(r"(['\"]).*?\1", "…", reason))[:120]
-
-
 def _build_part(name, folder, seed, template, part, place, buckets):
-    """One process's share of a source, into the buckets below `place` -> (counts, rows set aside by reason, the first); counts None: absent."""
+    """One process's share of a source, into the buckets below `place` -> (name, counts, rows set aside by reason, the first of
+    them, "" or that the source is absent)."""
     place.mkdir()
-    outs, counts, aside = [open(place / f"{bucket}.jsonl", "wb") for bucket in range(buckets)], {}, Aside(place / "rejected.jsonl")
-    try:
-        for record in raw.records_of(name, folder, aside, seed, template, part):
-            line = to_line(record)
-            outs[raw.order(seed, line)[0] * buckets >> 64].write(line)
-            count = counts.setdefault(record.source or name, Counter())
-            count.update(records=1, answers=len(record.answers), **_pairs(record))
-    except FileNotFoundError as error:
-        return str(error), {}, None
-    finally:
-        for file in (*outs, aside.file):
-            file.close()
-    return counts, aside.reasons, aside.first
+    counts, absent = {}, ""
+    with ExitStack() as stack:
+        outs = [stack.enter_context(open(place / f"{bucket}.jsonl", "wb")) for bucket in range(buckets)]
+        aside = Aside(place / "rejected.jsonl")
+        stack.enter_context(aside.file)
+        try:
+            for record in raw.records_of(name, folder, aside, seed, template, part):
+                line = to_line(record)
+                outs[raw.order(seed, line)[0] * buckets >> 64].write(line)
+                count = counts.setdefault(record.source or name, Counter())
+                count.update(records=1, answers=len(record.answers), **_pairs(record))
+        except FileNotFoundError as error:
+            absent = str(error)
+    return name, counts, aside.reasons, aside.first, absent
 
 
 def _pairs(record):
     """Strictly ordered pairs and those of the neighbour rule, by scores alone."""
     scores = [answer.score for answer in record.answers]
     ties = Counter(scores)
-    count = len(scores)
-    return {"pairs": count * (count - 1) // 2 - sum(n * (n - 1) // 2 for n in ties.values()),
-            "neighbour_pairs": count - ties[scores[0]] if scores else 0}
+    return {"pairs": (len(scores) ** 2 - sum(n * n for n in ties.values())) // 2,
+            "neighbour_pairs": len(scores) - ties[scores[0]] if scores else 0}
 
 
-def _merged(names, folder, of, found, named):
+def _merged(names, folder, found, named):
     """Counts of all parts; the errors of rk.build when a source that was named is absent or nothing is there."""
-    absent = [name for name in names if all(isinstance(counts, str) for job, (counts, *_) in zip(of, found) if job == name)]
+    errors = {name: error for name, *_, error in found if error}
+    absent = [name for name in names if name in errors]
     if absent and (named or len(absent) == len(names)):
-        raise FileNotFoundError(next(counts for job, (counts, *_) in zip(of, found) if job == absent[0]) if named else raw.nothing_in(folder))
-    by_source, reasons, firsts = {}, Counter(), []
-    for counts, aside, first in found:
-        for source, count in ({} if isinstance(counts, str) else counts).items():
-            by_source.setdefault(source, Counter()).update(count)
+        raise FileNotFoundError(errors[absent[0]] if named else raw.nothing_in(folder))
+    by_source, reasons, firsts = {}, Counter(), [first for *_, first, _ in found if first]
+    for _, counts, aside, *_ in found:
         reasons.update(aside)
-        firsts += [first] if first else []
-    for name in set(names) - set(absent):
-        if not any(counts for job, (counts, *_) in zip(of, found) if job == name and not isinstance(counts, str)):
-            raise ValueError(raw.no_row(name, folder, sum(reasons.values()), firsts[0]["reason"] if firsts else ""))
-    raw.report(folder, {source: count["records"] for source, count in by_source.items()}, absent, sum(reasons.values()), firsts[:1])
-    return {"sources": {source: dict(count) for source, count in by_source.items()}, "absent": absent, "set_aside": dict(reasons.most_common())}
+        for source, count in counts.items():
+            by_source.setdefault(source, Counter()).update(count)
+    bad = sum(reasons.values())
+    for name in names:
+        if name not in errors and not any(counts for of, counts, *_ in found if of == name):
+            raise ValueError(raw.no_row(name, folder, bad, firsts[0]["reason"] if firsts else ""))
+    raw.report(folder, {source: count["records"] for source, count in by_source.items()}, absent, bad, firsts[:1])
+    return {"sources": {source: dict(count) for source, count in by_source.items()}, "absent": absent,
+            "set_aside": dict(reasons.most_common())}
 
 
 def _write_sides(work, buckets, seed, dev_fraction, eval_dir):
     """Buckets -> train.jsonl and dev.jsonl, and with eval_dir what is left out -> counts."""
+    from rlhfkit.duplicates import EvalGrams, prompt_groups         # numba, which the processes that build can do without
     keys = array("Q")
 
     def prompts():
@@ -152,14 +130,15 @@ def _write_sides(work, buckets, seed, dev_fraction, eval_dir):
             lines = sorted(_lines(paths), key=partial(raw.order, seed))
             for start in range(0, len(lines), 10_000):
                 part = lines[start:start + 10_000]
-                rows = [orjson.loads(line) for line in part]
-                hits = grams.look([to_record(row) for row in rows]) if grams else [False] * len(part)
+                rows = list(map(orjson.loads, part))
+                hits = grams.look(list(map(to_record, rows))) if grams else [False] * len(part)
                 for line, row, hit in zip(part, rows, hits):
                     name = "contaminated" if hit else "dev" if prompt_key(row["prompt"], seed) in dev else "train"
                     outs[name].write(line)
                     clean[name] += 1
     sizes = np.unique(group[first], return_counts=True)[1]
-    counts = {name: clean[name] for name in names} | {"prompts": len(keys), "groups": len(sizes), "largest_group": int(sizes.max())}
+    counts = {name: clean[name] for name in names}
+    counts |= {"prompts": len(keys), "groups": len(sizes), "largest_group": int(sizes.max())}
     if grams:
         found = grams.report()
         (work / "contamination.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in found))

@@ -8,7 +8,7 @@ import torch
 from rlhfkit.models.prefix import PrefixPreTrainedModel
 from rlhfkit.rows import pad
 from rlhfkit.sampling import choose
-from rlhfkit.slots import Slots, attending, attentions, compiled, evaluating, plain, supported  # noqa: F401  supported: for who imports Decoder
+from rlhfkit.slots import Slots, attending, attentions, compiled, evaluating, laid_together, plain, supported  # noqa: F401
 
 BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)      # rows of a captured step
 EVERY = 16                                  # steps between two looks at which rows have ended, each of which waits for the device
@@ -17,11 +17,12 @@ EVERY = 16                                  # steps between two looks at which r
 class Decoder:
     """Samples from a causal language model, PEFT adapters included; captured steps and cache are kept while the weights stay where they are.
 
-    compiled: layers through torch.compile, some seconds at the first call of a shape. streams 2: the rows in halves, one's attention beside
-    the other's products. length: slots to reserve, so that longer rows do not capture anew. capture False: every step from Python, any device."""
+    compiled: layers through torch.compile, some seconds at the first call of a shape. length: slots to reserve, so that longer rows do not
+    capture anew. capture False: each step from Python."""
 
-    def __init__(self, model, compiled=True, streams=1, length=0, capture=True, backend="inductor"):
-        self.model, self.streams, self.length, self.capture, self.backend = plain(model), streams, length, capture, backend if compiled else ""
+    def __init__(self, model, compiled=True, length=0, capture=True, backend="inductor"):
+        self.model, self.length, self.capture = plain(model), length, capture
+        self.backend = backend if compiled else ""
         self.attentions = attentions(self.model)
         self.prefix = isinstance(self.model, PrefixPreTrainedModel)
         self.free()
@@ -80,6 +81,7 @@ class Decoder:
     def _room(self, rows, length):
         """See that the buffers hold `rows` rows of `length` slots and that the graphs are of these weights -> the device."""
         place = next(self.model.parameters()).device
+        self.together = laid_together(self.model) if self.backend else ()
         weights = [(t.data_ptr(), t.shape, t.dtype) for t in (*self.model.parameters(), *self.model.buffers())]
         weights += [(m.merged, m.disable_adapters) for m in self.model.modules() if hasattr(m, "merged")]        # adapters, as captured
         autocast = torch.is_autocast_enabled(place.type) and torch.get_autocast_dtype(place.type)
@@ -93,7 +95,6 @@ class Decoder:
             self.rows = {name: torch.zeros(shape, device=place, dtype=dict(logps=torch.float32, seen=torch.bool).get(name, torch.long))
                          for name, shape in self.rows.items()}
             self.slot, self.width = (torch.zeros(1, dtype=torch.long, device=place) for _ in range(2))
-            self.sides = [torch.cuda.Stream(place) for _ in range(self.streams)] if self.capture and self.streams > 1 else []
         return place
 
     def _prefill(self, prompts, width, new, pad_id, seeds, options, bucket):
@@ -145,7 +146,7 @@ class Decoder:
 
     def _run(self, bucket, options):
         if not self.capture:
-            with attending(self.model), compiled(self.model, self.backend):
+            with attending(self.model), compiled(self.model, self.backend, self.together):
                 return self._step(bucket, options)
         if (bucket, options) not in self.graphs:
             self.graphs[bucket, options] = self._captured(bucket, options)
@@ -155,7 +156,7 @@ class Decoder:
         """The step as a graph. Warming it up writes what the first replay will write again, so only the slot is put back."""
         slot, graph, side = self.slot.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream(self.slot.device)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with attending(self.model), compiled(self.model, self.backend):
+        with attending(self.model), compiled(self.model, self.backend, self.together):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):
@@ -167,19 +168,8 @@ class Decoder:
         return graph
 
     def _step(self, bucket, options):
-        """One token more for the first `bucket` rows: in halves on streams of their own, or all at once."""
-        if not self.sides:
-            self._advance(slice(0, bucket), options)
-        for i, side in enumerate(self.sides):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._advance(slice(i * bucket // len(self.sides), (i + 1) * bucket // len(self.sides)), options)
-        for side in self.sides:
-            torch.cuda.current_stream().wait_stream(side)
-        self.slot += 1
-
-    def _advance(self, rows, options):
-        """The rows' tokens at the slot through the model, the next ones into the slot behind it."""
+        """The first `bucket` rows' tokens at the slot through the model, the next ones into the slot behind it."""
+        rows = slice(0, bucket)
         for attention in self.attentions:
             attention.slots = *(buffer[rows] for buffer in self.caches[attention.layer_idx]), self.rows["starts"][rows], self.slot
         cache, part = Slots(), {name: buffer[rows] for name, buffer in self.rows.items()}
@@ -189,6 +179,7 @@ class Decoder:
                          attention_mask=part["seen"] if self.prefix else None, past_key_values=cache, use_cache=True)
         finish = torch.compile(_finish, backend=self.backend) if self.backend else _finish
         finish(out.logits[:, -1], part["seeds"], self.slot, self.width, part["tokens"], part["logps"], options)
+        self.slot += 1
 
 
 def _finish(logits, seeds, slot, width, tokens, logps, options):

@@ -1,23 +1,25 @@
 """Near duplicates among texts, and benchmark items whose text stands in training records. No torch.
 
 Both searches are complete: near pairs come from a prefix-filtered join over character bigrams, benchmark text from
-58-bit hashes of all runs of 13 characters (Brown 2020, appendix C, has 13 words), which lie by chance once in some 10^10
-characters. The 2023 kit looked for neither, and its dev rows were train rows.
+64-bit hashes of all runs of 13 characters (Brown 2020, appendix C, has 13 words). The 2023 kit looked for neither, and its
+dev rows were train rows.
 """
 import csv
 import json
 import re
-from itertools import islice
+from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from rlhfkit.joins import BASE, LENGTH_BITS, LIMIT, codes_of, join, letters, mixed, repeats_in, sets_of, windows
+from rlhfkit.joins import LIMIT, join, letters, sets_of
 from rlhfkit.records import text_lines
 
 SHORTEST = 8            # characters of a benchmark's string worth a search
 BOILERPLATE = 10        # a gram of more items of one file is an instruction or a label
 _AT_ONCE = 4096         # records
+_SPACE = re.compile(r"\s*")
 _POEM = re.compile("^以(.{1,30})的风格[，,]写一[首篇].{1,6}[，,]题为")
 
 
@@ -39,20 +41,13 @@ def groups(texts, threshold=0.8):
                          "above 0 and at most 1; try groups([prompt, …], 0.8)")
     need = [1] + [min(o for o in range(1, s + 1) if o == s or o / (s - o) >= threshold) for s in range(1, 2 * LIMIT + 1)]
     least = [0] + [min(b for b in range(1, a + 1) if need[a + b] <= b) for a in range(1, LIMIT + 1)]
-    tokens, starts, sums, known = sets_of(texts)
-    order = np.lexsort((sums, np.diff(starts)))                 # by size, equal sets side by side
-    repeats = repeats_in(tokens, starts, sums, order)
-    labels = join(tokens, starts, order[~repeats], np.array(need), np.array(least), known)
-    label = np.empty(len(order), np.int64)
-    label[order] = labels[np.cumsum(~repeats) - 1]
-    smallest = np.full(len(labels), len(order))
-    np.minimum.at(smallest, label, np.arange(len(order)))
-    return smallest[label]
+    tokens, starts = sets_of(map(normal, texts))
+    return join(tokens, starts, np.argsort(np.diff(starts), kind="stable"), np.array(need), np.array(least))
 
 
 def prompt_groups(prompts):
-    """`groups` of an iterable of prompts. Of a poem's prompt only author and title count: its template is so long that all poems of an
-    author would be one group."""
+    """`groups` of an iterable of prompts. Of a poem's prompt only author and title count: its template is so long that all
+    poems of an author would be one group."""
     return groups(_POEM.sub(r"\1 ", prompt) for prompt in prompts)
 
 
@@ -76,56 +71,41 @@ class EvalGrams:
     """
 
     def __init__(self, eval_dir, n=13, least=0.0):
-        if not isinstance(n, int) or not SHORTEST <= n <= LENGTH_BITS or not 0 <= least < 1:
-            raise ValueError(f"n is {n!r}, least {least!r}; n must be a whole number from {SHORTEST} to {LENGTH_BITS}, least a "
-                             "share from 0 to below 1; try 13 and 0.2")
-        self.least, self.items, self._seen, self._prompts = least, [], 0, {}
-        self._lengths = np.arange(SHORTEST, n + 1)
-        self._filter = np.zeros((2, len(self._lengths)), np.int64), np.full(1, 255, np.uint8)     # lets everything pass
-        owners, grams, dull = [], [], []
+        if not isinstance(n, int) or not SHORTEST <= n <= 63 or not 0 <= least < 1:
+            raise ValueError(f"n is {n!r}, least {least!r}; n must be a whole number from {SHORTEST} to 63, least a share from 0 to "
+                             "below 1; try 13 and 0.2")
+        self.n, self.least, self.items, self._seen = n, least, [], 0
+        self._first, self._owners, self._starts = {}, {}, set()         # of grams: first record that held it, items, first letters
+        dull = set()
         for file, path in _files(eval_dir):
             rows = _rows(path)
-            text, gram, sizes = self._scan([string for row in rows for string in row])
-            whole = gram & LENGTH_BITS == np.minimum(n, sizes[text])
-            owner = np.array([i for i, row in enumerate(rows) for _ in row], np.int64)
-            owner, gram = _distinct(owner[text[whole]], gram[whole])
-            values, counts = np.unique(gram, return_counts=True)
-            owners, grams, dull = owners + [owner + len(self.items)], grams + [gram], dull + [values[counts > BOILERPLATE]]
-            self.items += [(file, i, " ".join(s for s in row if len(s) >= SHORTEST)[:60]) for i, row in enumerate(rows, 1)]
-        owner, gram = np.concatenate(owners), np.concatenate(grams)
-        kept = np.flatnonzero(~np.isin(gram, np.concatenate(dull)))
-        kept = kept[np.argsort(gram[kept], kind="stable")]
-        self._owner = owner[kept]
-        self._grams, starts = np.unique(gram[kept], return_index=True)
-        self._starts = np.append(starts, len(kept))             # the items of gram i are _owner[_starts[i]:_starts[i + 1]]
-        self._first = np.full(len(self._grams), -1)             # the record that held it first
-        self._totals = np.bincount(self._owner, minlength=len(self.items))
-        self.too_short = int((self._totals == 0).sum())
-        if not len(kept):
+            found = [{gram for text in map(letters, row) for gram in self._grams(text)} for row in rows]
+            dull.update(gram for gram, count in Counter(chain.from_iterable(found)).items() if count > BOILERPLATE)
+            for number, (row, grams) in enumerate(zip(rows, found), 1):
+                owner = (len(self.items),)
+                for gram in grams:
+                    self._owners[gram] = self._owners.get(gram, ()) + owner
+                self.items.append((file, number, " ".join(s for s in row if len(s) >= SHORTEST)[:60]))
+        for gram in dull:
+            del self._owners[gram]
+        self._totals = Counter(chain.from_iterable(self._owners.values()))
+        self.too_short = len(self.items) - len(self._totals)
+        if not self._owners:
             raise ValueError(f"{eval_dir}: none of {len(self.items)} items has {SHORTEST} letters to look for; name a "
                              "benchmark's folder or file")
-        self._filter = self._sieve()
 
     def look(self, records):
         """A list of Records -> (len,) bool: which of them hold, each by itself, more than `least` of some item's grams."""
-        texts = [(i, text) for i, record in enumerate(records) for text in _texts(record)]
-        hit = np.zeros(len(records), bool)
-        if texts:
-            text, found, _ = self._scan([text for _, text in texts])
-            gram = np.minimum(np.searchsorted(self._grams, found), len(self._grams) - 1)
-            there = self._grams[gram] == found
-            holder, gram = _distinct(np.array([i for i, _ in texts])[text[there]], gram[there])
-            fresh = self._first[gram] < 0
-            new, at = np.unique(gram[fresh], return_index=True)             # holders ascend: the first index is the first record
-            self._first[new] = self._seen + holder[fresh][at]
-            self._prompts.update((self._seen + i, records[i].prompt[:60]) for i in set(holder[fresh][at].tolist()))
-            counts = self._starts[gram + 1] - self._starts[gram]
-            items = self._owner[np.arange(counts.sum()) + np.repeat(self._starts[gram] + counts - np.cumsum(counts), counts)]
-            both, counts = np.unique(holder.repeat(counts) * len(self.items) + items, return_counts=True)
-            holder, item = np.divmod(both, len(self.items))
-            hit[holder[counts > self.least * self._totals[item]]] = True
+        hits = np.zeros(len(records), bool)
+        for i, record in enumerate(records):
+            if held := set().union(*(self._held(letters(text)) for text in _texts(record) if text)):
+                this, counts = (self._seen + i, record.prompt[:60]), Counter()
+                for gram in held:
+                    self._first.setdefault(gram, this)
+                    counts.update(self._owners[gram])
+                hits[i] = any(count > self.least * self._totals[item] for item, count in counts.items())
         self._seen += len(records)
-        return hit
+        return hits
 
     def report(self):
         """The items found so far -> list of {file, item, text, share, record, prompt}, most first.
@@ -133,32 +113,25 @@ class EvalGrams:
         item: number in the file from 1; share: of its grams, in whichever records; record: index of the first one that holds
         any of them; text, prompt: the first 60 characters.
         """
-        first = np.repeat(self._first, np.diff(self._starts))
-        owner, first = self._owner[first >= 0], first[first >= 0]
-        counts, earliest = np.bincount(owner, minlength=len(self.items)), np.full(len(self.items), self._seen)
-        np.minimum.at(earliest, owner, first)
-        named = np.flatnonzero(counts > self.least * self._totals).tolist()
-        rows = [dict(zip(("file", "item", "text"), self.items[i]), share=float(counts[i] / self._totals[i]),
-                     record=int(earliest[i]), prompt=self._prompts[int(earliest[i])]) for i in named]
+        counts, first = Counter(), {}
+        for gram, this in self._first.items():
+            counts.update(self._owners[gram])
+            first |= {item: min(this, first.get(item, this)) for item in self._owners[gram]}
+        rows = [dict(zip(("file", "item", "text"), self.items[item]), share=count / self._totals[item], record=first[item][0],
+                     prompt=first[item][1]) for item, count in counts.items() if count > self.least * self._totals[item]]
         return sorted(rows, key=lambda row: (-row["share"], row["file"], row["item"]))
 
-    def _scan(self, strings):
-        """-> string's index (W,) and gram (W,) of each window that the filter lets pass; how many letters each string has."""
-        codes, starts = codes_of(strings)
-        powers = np.array([pow(BASE, int(length), 1 << 64) for length in self._lengths], np.uint64).view(np.int64)
-        text, gram = windows(mixed(codes).view(np.int64), starts, self._lengths, powers, *self._filter)
-        return text, gram, np.diff(starts)
+    def _grams(self, text):
+        """Hashes of the grams of an item's letters."""
+        length = min(self.n, len(text))
+        places = range(len(text) - length + 1) if length >= SHORTEST else ()
+        self._starts.update(hash(text[at:at + SHORTEST]) for at in places)
+        return {hash(text[at:at + length]) for at in places}
 
-    def _sieve(self):
-        """A Bloom filter for each length: [first bit, mask of a bit's number] (2, lengths), and the bits, two set for a gram."""
-        length = (self._grams & LENGTH_BITS) - SHORTEST
-        sizes = 1 << np.ceil(np.log2(16 * np.bincount(length, minlength=len(self._lengths)) + 64)).astype(np.int64)
-        places = np.stack([np.cumsum(sizes) - sizes, sizes - 1])
-        bits = np.zeros(sizes.sum() // 8, np.uint8)
-        for shift in (6, 34):
-            bit = places[0, length] + (self._grams >> shift & places[1, length])
-            np.bitwise_or.at(bits, bit >> 3, (1 << (bit & 7)).astype(np.uint8))
-        return places, bits
+    def _held(self, text):
+        """Hashes of the items' grams, of any length, among a record's letters."""
+        places = [at for at in range(len(text) - SHORTEST + 1) if hash(text[at:at + SHORTEST]) in self._starts]
+        return {hash(text[at:at + length]) for at in places for length in range(SHORTEST, self.n + 1)} & self._owners.keys()
 
 
 def _files(eval_dir):
@@ -188,29 +161,29 @@ def _rows(path):
         header = len(set(names)) == len(names) and all(name.isascii() and name.isidentifier() for name in names)
         return rows[1:] if header else rows                     # MMLU has none
     try:
-        return [list(_strings(row)) for row in _json_rows(path, lines)]
+        return [list(_strings(row)) for row in _json_rows(path, "\n".join(lines))]
     except ValueError:
         if suffix == ".txt":
             return [[line] for line in lines if line.strip()]
         raise
 
 
-def _json_rows(path, lines):
-    """A list's elements, paragraphs below "data" (CMRC, SQuAD), or one value a line."""
+def _json_rows(path, text):
+    """A list's elements, paragraphs below "data" (CMRC, SQuAD), or values one after the other."""
+    values, at, text, decoder = [], 0, text.rstrip(), json.JSONDecoder()
     try:
-        whole = json.loads("\n".join(lines))
+        while at < len(text):
+            value, at = decoder.raw_decode(text, _SPACE.match(text, at).end())
+            values.append(value)
     except (ValueError, RecursionError) as error:
-        rows, first = [], getattr(error, "lineno", 1)
-        for number, line in enumerate(lines, 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number if rows else first}: not JSON, as one value or a value a line: {error}; "
-                                 "repair it, or take it out of the folder") from None
-        return rows
+        raise ValueError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON, as one value or a value a line: {error}; "
+                         "repair it, or take it out of the folder") from None
+    if len(values) != 1:
+        return values
+    [whole] = values
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         return [row for part in whole["data"] for row in (part.get("paragraphs", [part]) if isinstance(part, dict) else [part])]
-    return whole if isinstance(whole, list) else [whole]
+    return whole if isinstance(whole, list) else values
 
 
 def _strings(value):
@@ -224,12 +197,3 @@ def _strings(value):
 def _texts(record):
     return [record.prompt, record.prefix, record.system, *(text for turn in record.history for text in turn),
             *(answer.text for answer in record.answers)]
-
-
-def _distinct(first, second):
-    """Two arrays (P,) -> the same pairs without repeats, sorted."""
-    order = np.lexsort((second, first))
-    first, second = first[order], second[order]
-    new = np.ones(len(first), bool)
-    new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    return first[new], second[new]

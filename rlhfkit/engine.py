@@ -5,6 +5,7 @@ and processes, never averaged (DeepSpeed averages; the engine multiplies by the 
 """
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +21,8 @@ SCHEDULES = {"constant": "constant_with_warmup"}        # what transformers call
 
 
 class Engine:
-    """A trainable model with its AdamW and a schedule over `total_steps` calls of `advance`; under a launcher, a DeepSpeed engine (ZeRO 0
-    to 3). `average`: the running average of its weights, where the loop keeps one (states.py)."""
+    """A trainable model with its AdamW and a schedule over `total_steps` calls of `advance`, of which neither the first nor the last has rate
+    0; under a launcher, a DeepSpeed engine (ZeRO 0 to 3). `average`: the running average of its weights, where the loop keeps one (states.py)."""
 
     def __init__(self, model, config, learning_rate, total_steps):
         self.config, self.deepspeed, self.average = config, None, None
@@ -30,7 +31,9 @@ class Engine:
         self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95),
                                            fused=True if device().type == "cuda" and config.offload == "none" else None)
         self.scheduler = get_scheduler(SCHEDULES.get(config.lr_scheduler_type, config.lr_scheduler_type), self.optimizer,
-                                       math.ceil(config.warmup_ratio * total_steps), total_steps)
+                                       math.ceil(config.warmup_ratio * total_steps) + bool(config.warmup_ratio), total_steps + 1)
+        with warnings.catch_warnings(action="ignore"):              # that no update came before
+            self.advance()
         if world_size() > 1 or config.zero_stage:
             import deepspeed
             self.deepspeed, _, _, _ = deepspeed.initialize(

@@ -20,6 +20,9 @@ from rlhfkit.rows import pad
 from rlhfkit.trainer import adapt
 
 
+JUDGED = 30                 # held-out answers from which on a correlation is more than noise
+
+
 @dataclass
 class Rollout:
     """B sampled answers of this process, of A tokens at most, and what the update needs of them."""
@@ -41,16 +44,16 @@ class Rollout:
 class Experience:
     """The models that make rollouts: actor and critic, which are trained, the reference, and the rewards, which are not."""
 
-    def __init__(self, config, tokenizer, family, actor, critic, rewards):
-        """actor, critic: Engines, critic None where none is trained; rewards: Rewards."""
-        self.config, self.tokenizer, self.actor, self.critic, self.rewards = config, tokenizer, actor, critic, rewards
+    def __init__(self, config, tokenizer, family, actor, critic, rewards, micro):
+        """actor, critic: Engines, critic None where none is trained; rewards: Rewards; micro: rows of a forward pass, those of the update's
+        passes, or ratios would be off by rounding."""
+        self.config, self.tokenizer, self.actor, self.critic, self.rewards, self.micro = config, tokenizer, actor, critic, rewards, micro
         self.end_ids, self.pad_id = family.end_ids(tokenizer), tokenizer.pad_token_id
-        self.micro = 1 << 30                    # rows of a forward pass; the loop sets that of its updates, or ratios would be off by rounding
         if critic and config.lora_rank and config.critic == "reward":
             rewards.models[0] = AdapterOff(critic, critic.model)
         self.reference = AdapterOff(actor, actor.model) if config.lora_rank else load_model(
             config.model_path, dtype=config.dtype, device="cpu" if config.frozen_on == "host" else device()).requires_grad_(False)
-        self.decoder = fast(actor.model, compiled=True) if config.zero_stage < 3 else None
+        self.decoder = fast(actor.model, compiled=True, length=config.max_length) if config.zero_stage < 3 else None
         self.autocast = partial(torch.autocast, device().type, torch.bfloat16, enabled=config.dtype == "mixed")
 
     def sample(self, rows, seeds):
@@ -115,7 +118,8 @@ def figures(batch, rewards=None, returns=None, counted=True):
     mine = [batch.score.double().square().sum(), gap, *sums.values(), len(batch.ids)]
     square, gap, *totals, answers = all_sum([float(x) * counted for x in mine]).tolist()
     row = {name: total / answers for name, total in zip(sums, totals)}
-    row |= {"score_std": max(square / answers - row["score"] ** 2, 0.0) ** 0.5, "sampler_gap": gap / (row["length"] * answers)}
+    row |= {"score_std": max(square / answers - row["score"] ** 2, 0.0) ** 0.5}
+    row |= {} if batch.logps is batch.sampled else {"sampler_gap": gap / (row["length"] * answers)}      # else the update pass tells
     if returns is not None:
         values = batch.values[:, :-1]
         mean, variance = rl.moments(values, batch.answer)
@@ -124,12 +128,12 @@ def figures(batch, rewards=None, returns=None, counted=True):
 
 
 def gold_figures(pairs):
-    """(gold, score) of held-out answers -> eval_gold and, of three or more, eval_score_gold: their correlation, 0 where one is constant."""
+    """(gold, score) of held-out answers -> eval_gold and, of JUDGED or more, eval_score_gold: their correlation, 0 where one is constant."""
     if not pairs:
         return {}
     golds, scores = zip(*pairs)
-    varied = len(pairs) >= 3 and len(set(golds)) > 1 and len(set(scores)) > 1
-    correlation = {"eval_score_gold": statistics.correlation(golds, scores) if varied else 0.0} if len(pairs) >= 3 else {}
+    varied = len(set(golds)) > 1 and len(set(scores)) > 1
+    correlation = {"eval_score_gold": statistics.correlation(golds, scores) if varied else 0.0} if len(pairs) >= JUDGED else {}
     return {"eval_gold": statistics.fmean(golds)} | correlation
 
 

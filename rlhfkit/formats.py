@@ -5,7 +5,6 @@ mended silently; memory does not grow with the file. The 2023 kit read JSON line
 """
 import codecs
 import csv
-import io
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from rlhfkit.forms import to_record
-from rlhfkit.records import BROKEN_ARCHIVE, LONGEST_LINE, json_lines, open_bytes, set_aside, text_lines
+from rlhfkit.records import BROKEN_ARCHIVE, LONGEST_LINE, json_lines, open_bytes, raw_lines, set_aside, text_lines
 
 BLOCK = 1 << 16         # bytes read at once
 
@@ -35,9 +34,8 @@ def read_records(path, rejected=None):
     if rejected is not None:
         rejected.extend(bad)
     elif bad:
-        first = f"the first, line {bad[0]['line']}: {bad[0]['reason']}"
-        count = f"{len(bad)} of {len(records) + len(bad)} rows set aside"
-        report = f"{path}: {count}; {first}; pass rejected=[] to see them"
+        report = (f"{path}: {len(bad)} of {len(records) + len(bad)} rows set aside; the first, line {bad[0]['line']}: "
+                  f"{bad[0]['reason']}; pass rejected=[] to see them")
         if not records:
             raise ValueError(report)
         warnings.warn(report, stacklevel=2)
@@ -67,21 +65,16 @@ def stream_records(path, rejected):
 # --- files: functions (path, rejected) -> (line, dict) of each row -------------------------------------------------------
 
 def _reader(path):
-    path, folder = Path(path), _name_and_split(path)[0]
-    try:
-        exists, is_folder = path.exists(), path.is_dir()
-    except PermissionError:                             # opening it says what to do
-        exists, is_folder = True, False
-    if is_folder or not exists and Path(folder).is_dir():
+    suffix = _suffix(path)
+    if Path(path).exists() and not Path(path).is_dir():
+        return _READERS.get(suffix, json_lines)
+    if Path(path).is_dir() or Path(_name_and_split(path)[0]).is_dir():
         return _folder
-    if not exists and _HUB.fullmatch(str(path)) and _suffix(path) not in _READERS:
+    if _HUB.fullmatch(str(path)) and suffix not in _READERS:
         return _hub
-    if not exists:
-        known = ", ".join(_READERS)
-        raise FileNotFoundError(
-            f"{path} is no file; it must be one of {known} (or such a .gz or .xz), a folder that a data set was saved to, or "
-            f"owner/name on the hub; make JSON lines with write_records(build(), path)")
-    return _READERS.get(_suffix(path), json_lines)
+    raise FileNotFoundError(
+        f"{path} is no file; it must be one of {', '.join(_READERS)} (or such a .gz or .xz), a folder that a data set was saved "
+        "to, or owner/name on the hub; make JSON lines with write_records(build(), path)")
 
 
 def _text(path, rejected):
@@ -91,27 +84,21 @@ def _text(path, rejected):
 def json_rows(path, rejected):
     """The objects of a list, of JSON lines, or a single one; after a broken one goes on where the next seems to begin."""
     with open_bytes(path) as file:
-        window, between, pattern, mark = _Window(file), "\n", _BEGINNING, ""
-        while True:
-            start = pattern.match(window.text, window.at).end()
-            if start == len(window.text) and window.more():
-                continue
-            between = window.text[window.at:start] or between
-            if pattern is _BEGINNING:
-                pattern, unending = _BETWEEN, "[" in between
-            window.move(start)
-            if start == len(window.text):
-                break
-            row, stop, reason = _object(window)
+        window, mark, cut = _Window(file), "", False
+        between = "\n" + window.past(_BEGINNING)
+        is_list = "[" in between
+        while window.at < len(window.text):
+            line, (row, stop, reason) = window.line, _object(window)
             if not reason:
-                yield window.line, row
+                yield line, row
                 mark = _mark(window, between)
-                window.move(stop)
-                continue
-            place, text = window.line, window.take(stop) if stop else window.skip(mark or _mark(window, between))
-            set_aside(rejected, path, place, reason, text if len(text) <= LONGEST_LINE else text[:1000])
-            unending &= window.at < len(window.text)     # the end has been named
-        if unending and "]" not in between:
+                window.take(stop)
+            else:
+                text = window.take(stop) if stop else window.skip(mark or _mark(window, between))
+                set_aside(rejected, path, line, reason, text if len(text) <= LONGEST_LINE else text[:1000])
+            cut = reason and window.at == len(window.text)      # its reason names the end, too
+            between = window.past(_BETWEEN)
+        if is_list and not cut and "]" not in between:
             set_aside(rejected, path, window.line, "the list has no end; rows may be missing: fetch the file again", "")
 
 
@@ -123,16 +110,13 @@ def _object(window):
             wrong = "" if isinstance(row, dict) else f"JSON, but a {type(row).__name__}; it must be an object with fields"
             return row, stop, _TOO_LONG if stop - window.at > LONGEST_LINE else wrong
         except (ValueError, RecursionError) as error:
-            place, message = getattr(error, "pos", 0), getattr(error, "msg", str(error))
-        endless = message.startswith("Unterminated")
-        if endless or place > len(window.text) - 16:    # at the end of what is held: there may be more to read
-            if len(window.text) - window.at > LONGEST_LINE:
-                return None, 0, _TOO_LONG
-            if window.more():
-                continue
-            if endless or place >= len(window.text.rstrip()):
-                return None, len(window.text), f"not JSON, the file ends in this row: {message}"
-        return None, 0, f"not JSON: {message}"
+            place, reason = getattr(error, "pos", 0), f"not JSON: {getattr(error, 'msg', error)}"
+        if "Unterminated" not in reason and place <= len(window.text) - 16:
+            return None, 0, reason
+        if len(window.text) - window.at > LONGEST_LINE:
+            return None, 0, _TOO_LONG
+        if not window.more():                           # an error at the end of what is held may be none
+            return None, 0, reason
 
 
 def _mark(window, between):
@@ -163,77 +147,54 @@ class _Window:
             self.text, self.at = self.text[self.at:] + new, 0
         return bool(new)
 
-    def move(self, to):
-        self.line += self.text.count("\n", self.at, to)
-        self.at = to
-
     def take(self, to):
-        start = self.at
-        self.move(to)
-        return self.text[start:to]
+        taken, self.at = self.text[self.at:to], to
+        self.line += taken.count("\n")
+        return taken
+
+    def past(self, pattern):
+        while (end := pattern.match(self.text, self.at).end()) == len(self.text) and self.more():
+            pass
+        return self.take(end)
 
     def skip(self, mark):
-        """Goes to the brace of the next mark, or to the end → the characters skipped, as far as they were held."""
-        skipped, start = "", self.at + 1
-        while (found := self.text.find(mark, start)) < 0:
-            skipped = skipped or self.text[self.at:]
-            self.move(min(len(self.text), max(start, len(self.text) - len(mark))))
+        """Goes to the brace of the next mark, or to the end → the characters skipped, about a block of them at the most."""
+        skipped = self.take(self.at + 1)
+        while (found := self.text.find(mark, self.at)) < 0:
+            skipped += self.take(max(self.at, len(self.text) - len(mark)))[:max(0, BLOCK - len(skipped))]
             if not self.more():
-                self.move(len(self.text))
-                return skipped
-            start = self.at
-        to = found + mark.index("{")
-        return skipped or self.take(to).rstrip(", \t\r\n")
+                return skipped + self.take(len(self.text))
+        return (skipped + self.take(found + mark.index("{"))).rstrip(", \t\r\n")
 
 
 def csv_rows(path, rejected):
     """The first row names the fields. A row with a lost quote costs its first line only: reading goes on from its second."""
-    csv.field_size_limit(LONGEST_LINE)
-    with io.TextIOWrapper(open_bytes(path), "utf-8-sig", "surrogateescape", newline="") as file:
-        lines, header, line = _Lines(file), None, 1
-        reader = csv.reader(lines, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
-        while True:
-            lines.taken, lines.size = [], 0
-            try:
-                cells = next(reader)
-                if header and cells and len(cells) != len(header):
-                    raise ValueError(f"{len(cells)} cells; the header has {len(header)}; a quote or a separator may be missing")
-            except StopIteration:
-                return
-            except (csv.Error, ValueError) as error:
-                set_aside(rejected, path, line, error, lines.taken[0].rstrip("\r\n"))
-                lines.again.extendleft(reversed(lines.taken[1:]))
-                line += 1
-                continue
-            if header and cells:
-                yield line, dict(zip(header, cells))
-            header = header or [name.strip() for name in cells]
-            line += len(lines.taken)
+    csv.field_size_limit(LONGEST_LINE)                  # where a lost quote ends at the latest
+    fresh, again, taken, reader, header = raw_lines(path, rejected), deque(), [], None, None
 
+    def lines():
+        while line := again.popleft() if again else next(fresh, None):
+            taken.append(line)
+            yield line[1].decode("utf-8", "surrogateescape")
 
-class _Lines:
-    """Lines for csv.reader: `taken` since the row began, `again` those to be read once more. Ends a row that is too long."""
-
-    def __init__(self, file):
-        self.file, self.again, self.taken, self.size = file, deque(), [], 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.size > LONGEST_LINE:                    # a lost quote must not swallow the file
-            raise StopIteration
-        line = self.again.popleft() if self.again else self.file.readline(LONGEST_LINE)
-        if not line:
-            raise StopIteration
-        self.taken.append(line)
-        self.size += len(line)
-        if len(line) == LONGEST_LINE and line[-1] not in "\r\n":
-            while (rest := self.file.readline(LONGEST_LINE)) and rest[-1] not in "\r\n":
-                pass
-            self.taken[-1] = line[:1000]
-            raise ValueError(_TOO_LONG)
-        return line
+    while True:
+        reader = reader or csv.reader(lines(), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+        taken.clear()
+        try:
+            cells = next(reader)
+            if header and cells and len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells; the header has {len(header)}; a quote or a separator may be missing")
+        except StopIteration:
+            return
+        except (csv.Error, ValueError) as error:
+            line, raw = taken[0]
+            set_aside(rejected, path, line, error, raw.decode("utf-8", "surrogateescape").rstrip("\r\n"))
+            again.extendleft(reversed(taken[1:]))
+            reader = None                               # that one is done where the file is
+            continue
+        if header and cells:
+            yield taken[0][0], dict(zip(header, cells))
+        header = header or [name.strip() for name in cells]
 
 
 def _parquet(path, rejected):
@@ -258,24 +219,22 @@ def _folder(path, rejected):
             f"{folder} is a folder that no data set was saved to; give one of its files, or read raw corpora with "
             f"rk.build({str(folder)!r}), and train.jsonl and dev.jsonl with rk.read_data({str(folder)!r})")
     from datasets import load_from_disk                 # a second, which few need
-    found = load_from_disk(str(folder))
-    if isinstance(found, dict) and (split or "train") not in found:
-        rule = f"it must be one of {', '.join(found)}; write {folder}:{next(iter(found))}"
-        raise ValueError(f"split is {split or 'train'!r}; {rule}")
-    yield from enumerate(found[split or "train"] if isinstance(found, dict) else found, 1)
+    found, split = load_from_disk(str(folder)), split or "train"
+    if isinstance(found, dict) and split not in found:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(found)}; write {folder}:{next(iter(found))}")
+    return enumerate(found[split] if isinstance(found, dict) else found, 1)
 
 
 def _hub(path, rejected):
     from datasets import load_dataset
     name, split = _name_and_split(path)
     try:
-        found = load_dataset(name, split=split or "train", streaming=True)
+        return enumerate(load_dataset(name, split=split or "train", streaming=True), 1)
     except Exception as error:                          # whatever the hub's client raises
         raise FileNotFoundError(
             f"{path} is no file here, and the hub gave no such data set ({type(error).__name__}: {error!s:.200}); it must be a "
             f"path or owner/name[:split]; where there is a network, load_dataset({name!r}).save_to_disk(folder), and give that"
         ) from error
-    yield from enumerate(found, 1)
 
 
 def _suffix(path):

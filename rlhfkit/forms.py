@@ -13,25 +13,21 @@ from rlhfkit.records import OPTIONAL, Answer, Record
 def to_record(row):
     """dict → Record; fields that are None or NaN count as absent. Raises ValueError when no form fits, or a value is wrong.
     Whatever the form, `prefix system history source` are taken when the row has them."""
-    row = {name: value for name, value in row.items() if value is not None and value == value}
-    form, nested, optional = _plan(tuple(row))
-    for name in nested:
-        row[name] = _unpacked(name, row[name])
-    return Record(**{name: row[name] for name in optional if row[name] != ""} | form(row))
+    row = {name: _unpacked(name, value) for name, value in row.items() if value is not None and value == value}
+    made = {name: row[name] for name in OPTIONAL if row.get(name, "") != ""}
+    return Record(**made | _form_of(tuple(row))(row))
 
 
 @lru_cache(1000)
-def _plan(fields):
-    """Of a row with these fields: the function of its form, the fields to unpack, those taken whatever the form."""
+def _form_of(fields):
+    """The function of the first form that a row with these fields has."""
     for needed, form in _FORMS:
         if all(not names.isdisjoint(fields) for names in needed):
-            break
-    else:
-        if not {"prompt", "answers"} & set(fields):
-            forms = "; ".join(" + ".join("|".join(sorted(names)) for names in needed) for needed, _ in _FORMS)
-            raise ValueError(f"the fields are {list(fields)!r:.200}; a row must have one of the forms {forms}")
-        form = _published                               # says which of its fields is missing
-    return form, [name for name in fields if name in _NESTED], [name for name in fields if name in OPTIONAL]
+            return form
+    if {"prompt", "answers"} & set(fields):
+        return _published                               # says which of its fields is missing
+    forms = "; ".join(" + ".join("|".join(sorted(names)) for names in needed) for needed, _ in _FORMS)
+    raise ValueError(f"the fields are {list(fields)!r:.200}; a row must have one of the forms {forms}")
 
 
 # --- the forms: row → the arguments of Record ------------------------------------------------------------------------------
@@ -42,12 +38,10 @@ def _published(row):
             raise ValueError(f"no field {field!r}; a row must have 'prompt' and 'answers'")
     if not isinstance(row["answers"], list):
         raise ValueError(f"answers is {row['answers']!r:.80}; it must be a list")
-    answers = []
     for answer in row["answers"]:
         if not isinstance(answer, dict) or not {"answer", "score"} <= answer.keys():
             raise ValueError(f"an answer is {answer!r:.80}; it must have the fields 'answer' and 'score'")
-        answers.append(Answer(answer["answer"], answer["score"]))
-    return {"prompt": row["prompt"], "answers": answers}
+    return {"prompt": row["prompt"], "answers": [Answer(answer["answer"], answer["score"]) for answer in row["answers"]]}
 
 
 def _preference(row):
@@ -65,18 +59,6 @@ def _preference(row):
 def _conversation(row):
     name = _first(row, ("conversations", "messages"))
     return _dialogue(_turns(name, row[name]))
-
-
-def _instruction(row):
-    return {"prompt": _asked(row), "answers": [Answer(row["output"], 1)]}
-
-
-def _question(row):
-    return {"prompt": _asked(row), "answers": [Answer(row[_first(row, _ANSWERS)], 1)]}
-
-
-def _plain(row):
-    return {"prompt": row["text"]}
 
 
 # --- what they share; a turn is a pair (role, text) -----------------------------------------------------------------------
@@ -146,7 +128,7 @@ def _first(row, names):
 
 def _unpacked(name, value):
     """A cell of a table that holds JSON; an answer only when that is messages, for it may be about JSON."""
-    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+    if name not in _NESTED or not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     try:
         found = json.loads(value)
@@ -167,6 +149,6 @@ _FORMS = tuple((tuple(map(frozenset, needed)), form) for needed, form in (
     ((["prompt"], ["answers"]), _published),
     ((["chosen"], ["rejected"]), _preference),
     ((["conversations", "messages"],), _conversation),
-    ((["instruction"], ["output"]), _instruction),
-    ((_PROMPTS, _ANSWERS), _question),
-    ((["text"],), _plain)))
+    ((["instruction"], ["output"]), lambda row: {"prompt": _asked(row), "answers": [Answer(row["output"], 1)]}),
+    ((_PROMPTS, _ANSWERS), lambda row: {"prompt": _asked(row), "answers": [Answer(row[_first(row, _ANSWERS)], 1)]}),
+    ((["text"],), lambda row: {"prompt": row["text"]})))

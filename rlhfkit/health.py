@@ -113,18 +113,11 @@ def _held_out(history, name):
     return fmean(values[-3:]) if len(values) >= 10 else None
 
 
-def _reward_loss(history, config):
-    loss = _held_out(history, "loss")
-    if loss is None:
-        return NOTHING
-    return _grade(loss, 0.66, 0.69), f"loss {loss:.3f}; guessing gives ln 2 = 0.693"
-
-
-def _reward_accuracy(history, config):
-    accuracy = _held_out(history, "accuracy")
-    if accuracy is None:
-        return NOTHING
-    return _grade(-accuracy, -0.55, -0.45), f"accuracy {accuracy:.2f}; guessing gives 0.50"
+def _better_than_chance(name, sign, warn, fail, chance):
+    def check(history, config):
+        value = _held_out(history, name)
+        return NOTHING if value is None else (_grade(sign * value, warn, fail), f"{name} {value:.3f}; guessing gives {chance}")
+    return check
 
 
 @_from_start_to_now("logps/chosen", 6)
@@ -188,8 +181,10 @@ def _repetition(start, now, config):
 
 def _critic(history, config):
     values = _series(history, "explained_variance")[-20:]
-    verdict = None if len(values) < 20 else "ok" if max(values) > 0 else "fail" if median(values[-10:]) < -1 else "warn"
-    return verdict, f"explained variance at best {max(values, default=0):.2f} in {len(values)} steps"
+    spread, scores = min(_series(history, "value_std")[-3:], default=0), max(_series(history, "score_std"), default=0)
+    apart = 0 < 20 * scores < spread or median(values[-10:] or [0]) < -1
+    verdict = None if len(values) < 20 else "fail" if apart else "ok" if max(values) > 0 else "warn"
+    return verdict, f"explained variance at best {max(values, default=0):.2f} in {len(values)} steps, values {spread:.2g} apart"
 
 
 def _dead_critic(history, config):
@@ -197,8 +192,8 @@ def _dead_critic(history, config):
     if len(values) < 3:
         return NOTHING
     dead = max(values) < 1e-3 * max(scores, default=0) or (norms and max(norms) < 1e-7)
-    return "fail" if dead else "ok", (f"standard deviation of values {max(values):.2g}, of scores {max(scores, default=0):.2g}"
-                                      + f"; gradient norm {max(norms, default=0):.2g}" * bool(norms))
+    norm = f"; gradient norm {max(norms):.2g}" if norms else ""
+    return "fail" if dead else "ok", f"values {max(values):.2g} apart, scores {max(scores, default=0):.2g}{norm}"
 
 
 @_from_start_to_now("clip_fraction", 3)
@@ -241,9 +236,14 @@ def _scores_differ(history, config):
     return verdict, f"standard deviation of the scores at most {max(spreads, default=0):.3g}"
 
 
-@_from_start_to_now("score_spread", 6)
-def _ensemble(start, now, config):
-    return _grade(now, 2 * start + 1e-6, 4 * start + 1e-6), f"the reward models are {start:.3g} apart at the start, {now:.3g} now"
+def _ensemble(history, config):
+    """The disagreement must grow, and its share in what tells answers apart: scores that come together are no fault."""
+    rows = [(s, s / max(row["score_std"], 1e-6)) for row in history if (s := row.get("score_spread"))]
+    if len(rows) < 6:
+        return NOTHING
+    (start, share), (now, share_now) = ([fmean(x) for x in zip(*part)] for part in (rows[:3], rows[-3:]))
+    grown = min(share_now / share, (now / start) ** 2)
+    return _grade(grown, 1.5, 3), f"the reward models are {start:.3g} apart at the start, {now:.3g} now"
 
 
 def _loss_scale(history, config):
@@ -260,9 +260,9 @@ CHECKS = [Check(*entry) for entry in (
      "the run diverges", "lower learning_rate or max_grad_norm, raise warmup_ratio"),
     ("loss falls", ("pretrain", "sft"), _loss_falls,
      "nothing is trained on, or steps have the wrong size", "rk.show(row); raise learning_rate, or lower it"),
-    ("loss below chance", ("reward",), _reward_loss,
+    ("loss below chance", ("reward",), _better_than_chance("loss", 1, 0.66, 0.69, "ln 2 = 0.693"),
      "pairs cannot be told apart, or steps are too small", "rk.pairs(record); raise learning_rate or num_epochs"),
-    ("accuracy above chance", ("reward",), _reward_accuracy,
+    ("accuracy above chance", ("reward",), _better_than_chance("accuracy", -1, -0.55, -0.45, "0.5"),
      "too little training, or, well below 0.5, swapped scores", "rk.pairs(record); raise learning_rate or num_epochs"),
     ("chosen log-prob", ("dpo",), _chosen_falls,
      "the margin grows by making both answers unlikely", "lower learning_rate, raise beta"),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 # By query heads a key head: one, or several. `splits` 0: as many as fill the GPU. tests/benchmarks/rollout.py tries others.
-TUNED = {False: dict(block=32, warps=4, stages=3, splits=0), True: dict(block=64, warps=4, stages=3, splits=0)}
+TUNED = {False: dict(block=16, warps=1, stages=3, splits=0), True: dict(block=64, warps=2, stages=3, splits=0)}
 PROGRAMS = 264              # two for each of an H100's 132 multiprocessors
 
 
@@ -30,7 +30,8 @@ def attend(query, key, value, keys, values, starts, slot, scale):
     _attend[(key_heads, rows, splits)](
         query, key, value, keys, values, out, parts, sums, starts, slot, scale * 1.4426950408889634,           # exp2 is the faster one
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), keys.stride(0), keys.stride(1),
-        heads, GROUP=heads // key_heads, PADDED=max(16, triton.next_power_of_2(heads // key_heads)), BLOCK=tuned["block"],
+        heads, GROUP=heads // key_heads, PADDED=max(16, triton.next_power_of_2(heads // key_heads)),
+        BLOCK=max(16, 2 * tuned["block"] // max(2, keys.element_size())),            # float32 takes the shared memory of twice as many
         STAGES=tuned["stages"], num_warps=tuned["warps"], **shape)
     if splits > 1:
         _join[(heads, rows)](parts, sums, out, heads, num_warps=1, **shape)

@@ -38,6 +38,9 @@ def launch(config, num_processes=0, hostfile=None, detach=False):
         print(f"{config.output_dir} holds this very run, finished: its result is returned")
         return done
     folder = Path(config.output_dir)
+    if _alive(folder):                      # of a kernel that was killed, or detached
+        print(f"the workers of {folder} are still running: this cell follows them")
+        return str(folder) if detach else attach(folder)
     with open(folder / "worker.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(_command(folder, num_processes, hostfile), stdout=log, stderr=subprocess.STDOUT,
                                    env=_environment(num_processes), start_new_session=True)

@@ -7,7 +7,7 @@ import math
 
 LEAST_GAIN = 0.1            # of the score's gain a unit of distance so far: below it, more distance buys nothing
 LARGEST_FALL = 0.1          # of the score's gain so far, lost again
-LARGEST_SPREAD = 2.0        # times the disagreement of the reward models at the start
+LARGEST_SPREAD = 1.25       # times the disagreement of the reward models at the start
 LARGEST_KL = 1.0            # nats a token: further away, an answer is not that model's any more
 
 
@@ -27,7 +27,7 @@ def stop_point(history):
     """The held-out step whose policy is to be kept, or None as long as nothing speaks against going on; gold is not looked at.
 
     It is the last step before the first sign: the held-out score falls, it gains too little for the distance, the reward models
-    disagree more than twice as much as at first, or an answer's tokens are a nat away each. Rows after the sign change nothing,
+    disagree a quarter more than at first, or an answer's tokens are a nat away each. Rows after the sign change nothing,
     so it can be asked while a run goes on.
     """
     points = frontier(history)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhfkit.tokenizers.segmenter import compiled
+from rlhfkit.joins import compiled
 
 IGNORE = -100           # the label that torch's cross-entropy leaves out
 
@@ -58,50 +58,28 @@ def best_fit(lengths, max_length):
                          f"set max_length to {max(1, lengths.max())} or more, or leave such rows out")
     long = 2 * lengths > max_length
     longest = np.flatnonzero(long)[np.argsort(-lengths[long], kind="stable")]
-    return _listed(*_best_fit(lengths, np.append(longest, np.flatnonzero(~long)), max_length))
+    bin_of = _best_fit(lengths, np.append(longest, np.flatnonzero(~long)), max_length)
+    _, first = np.unique(bin_of, return_index=True)
+    number = np.argsort(np.argsort(first))[bin_of]
+    return np.argsort(number, kind="stable"), np.append(0, np.cumsum(np.bincount(number)))
 
 
 @compiled
 def _best_fit(lengths, first, max_length):
-    """first (N,): the rows in the order in which they are laid down."""
+    """first (N,): the rows in the order in which they are laid down -> each row's bin (N,)."""
     bin_of, bins = np.empty(len(lengths), np.int64), 0
     top, below = np.full(max_length + 1, -1), np.empty(len(lengths), np.int64)      # a stack of bins for each room left
-    there = np.zeros(max_length // 64 + 2, np.uint64)                               # a bit for each room: whether it has a bin
+    counts = np.zeros(max_length // 64 + 1, np.int64)                               # of bins, for 64 rooms at a time
     for i in first:
-        length = lengths[i]
-        word, bits = length >> 6, there[length >> 6] >> np.uint64(length & 63)
-        room = length
-        while not bits and word + 1 < len(there):
-            word += 1
-            bits, room = there[word], word << 6
-        if bits:
-            while not bits & np.uint64(1):
-                bits, room = bits >> np.uint64(1), room + 1
-            chosen, top[room] = top[room], below[top[room]]
-            if top[room] < 0:
-                there[room >> 6] &= ~(np.uint64(1) << np.uint64(room & 63))
+        room = lengths[i]
+        while room <= max_length and top[room] < 0:
+            room += 1 if counts[room >> 6] else 64 - (room & 63)
+        if room <= max_length:
+            bin_of[i], top[room] = top[room], below[top[room]]
+            counts[room >> 6] -= 1
         else:
-            chosen, room, bins = bins, max_length, bins + 1
-        bin_of[i], left = chosen, room - length
-        below[chosen], top[left] = top[left], chosen
-        if left:
-            there[left >> 6] |= np.uint64(1) << np.uint64(left & 63)
-    return bin_of, bins
-
-
-@compiled
-def _listed(bin_of, bins):
-    """Bins in the order of their first rows -> order, starts of `best_fit`."""
-    number, seen, starts = np.full(bins, -1), 0, np.zeros(bins + 1, np.int64)
-    for i in range(len(bin_of)):                               # bins are numbered by their first rows
-        if number[bin_of[i]] < 0:
-            number[bin_of[i]] = seen
-            seen += 1
-        bin_of[i] = number[bin_of[i]]
-        starts[bin_of[i] + 1] += 1
-    starts = np.cumsum(starts)
-    order, filled = np.empty(len(bin_of), np.int64), starts.copy()
-    for i in range(len(bin_of)):
-        order[filled[bin_of[i]]] = i
-        filled[bin_of[i]] += 1
-    return order, starts
+            bin_of[i], room, bins = bins, max_length, bins + 1
+        left = room - lengths[i]
+        below[bin_of[i]], top[left] = top[left], bin_of[i]
+        counts[left >> 6] += 1
+    return bin_of

@@ -8,11 +8,11 @@ import codecs
 import gzip
 import json
 import lzma
-import math
 import os
 import random
 import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import orjson
 from xxhash import xxh3_64_intdigest
 
+MOST = 1 << 63                      # of a score
 LONGEST_LINE = 1 << 22              # bytes: a longer line is no row, but a file without line ends
 BROKEN_ARCHIVE = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 _BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")     # all but tab and line ends
@@ -32,13 +33,7 @@ class Answer:
 
     def __post_init__(self):
         check_text("answer", self.text)
-        if type(self.score) is int and -1 << 53 < self.score < 1 << 53:
-            return
-        try:
-            number = isinstance(self.score, (int, float)) and math.isfinite(self.score)
-        except OverflowError:                                   # an int too long for a float
-            number = False
-        if not number or isinstance(self.score, bool):
+        if not isinstance(self.score, (int, float)) or isinstance(self.score, bool) or not -MOST < self.score < MOST:
             raise ValueError(f"score is {self.score!r:.80}; it must be a finite number; write 1 or 0.5, without quotes")
 
 
@@ -54,12 +49,11 @@ class Record:
 
     def __post_init__(self):
         check_text("prompt", self.prompt)
-        for name, text in (("prefix", self.prefix), ("system", self.system), ("source", self.source)):
-            if text != "":
-                check_text(name, text, empty=True)
-        for name, values in (("answers", self.answers), ("history", self.history)):
-            if not isinstance(values, (list, tuple)):
-                raise ValueError(f"{name} is {values!r:.80}; it must be a list")
+        for name in ("prefix", "system", "source"):
+            check_text(name, getattr(self, name), empty=True)
+        for name in ("answers", "history"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}; it must be a list")
         for answer in self.answers:
             if not isinstance(answer, Answer):
                 raise ValueError(f"an answer is {answer!r:.80}; it must be an Answer(text, score)")
@@ -68,7 +62,7 @@ class Record:
                 raise ValueError(f"a turn of history is {turn!r:.80}; it must be the two texts (user, assistant)")
             for text in turn:
                 check_text("history", text, empty=True)
-        object.__setattr__(self, "answers", tuple(sorted(self.answers, key=_worst_last)))
+        object.__setattr__(self, "answers", tuple(sorted(self.answers, key=lambda answer: -answer.score)))
         object.__setattr__(self, "history", tuple(map(tuple, self.history)))
 
 
@@ -92,10 +86,7 @@ def to_line(record):
     """The record as one line of the file, bytes with the line end."""
     row = {"prompt": record.prompt, "answers": [{"answer": a.text, "score": a.score} for a in record.answers]}
     row |= {key: getattr(record, key) for key in OPTIONAL if key == "prefix" or getattr(record, key)}
-    try:
-        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:                                   # a whole number of more than 64 bits
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
 def split(records, dev_fraction, seed):
@@ -117,8 +108,8 @@ def prompt_key(prompt, seed):
 
 
 def dev_flags(keys, groups, dev_fraction):
-    """keys, groups (N,) of distinct prompts -> (N,) bool, True for those that are held out: whole groups, by the smallest of their keys,
-    as long as they fit into `dev_fraction` of N, which is rounded, and one at the least."""
+    """keys, groups (N,) of distinct prompts -> (N,) bool, True for those that are held out: whole groups, by the smallest of
+    their keys, as long as they fit into `dev_fraction` of N, which is rounded, and one at the least."""
     import numpy as np
     if not isinstance(dev_fraction, (int, float)) or not 0 < dev_fraction < 1:
         raise ValueError(f"dev_fraction is {dev_fraction!r}; it must be between 0 and 1, both excluded; try 0.05")
@@ -161,15 +152,12 @@ def pairs(record, rule="all", limit=0):
 def json_lines(path, rejected, part=(0, 1)):
     """(line number from 1, dict) of each JSON object in the file; all other lines but blank ones go to `rejected`.
     part (i, n): only every n-th line, from the i-th on, for n processes that share a file."""
-    for line, raw in _raw_lines(path, rejected, part):
-        if not raw.strip():
+    for line, text in text_lines(path, rejected, part):
+        if not text or text.isspace():
             continue
         try:
-            row = orjson.loads(raw)
+            row = orjson.loads(text)
         except ValueError:
-            text = _decoded(path, rejected, line, raw)
-            if text is None:
-                continue
             try:
                 row = json.loads(text)                  # it takes NaN and says better what is wrong
             except (ValueError, RecursionError) as error:
@@ -178,44 +166,41 @@ def json_lines(path, rejected, part=(0, 1)):
         if isinstance(row, dict):
             yield line, row
         else:
-            set_aside(rejected, path, line, f"JSON, but a {type(row).__name__}; it must be an object with fields", raw.decode().strip())
+            set_aside(rejected, path, line, f"JSON, but a {type(row).__name__}; it must be an object with fields", text.strip())
 
 
-def text_lines(path, rejected):
+def text_lines(path, rejected, part=(0, 1)):
     """(line number from 1, text without line end) of each UTF-8 line, blank ones too; the others go to `rejected`."""
-    for line, raw in _raw_lines(path, rejected):
-        text = _decoded(path, rejected, line, raw)
-        if text is not None:
+    for line, raw in raw_lines(path, rejected, part):
+        try:
+            text = raw.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            set_aside(rejected, path, line, f"not UTF-8 at byte {error.start + 1}", raw.decode("utf-8", "backslashreplace"))
+        else:
             yield line, text
 
 
-def _raw_lines(path, rejected, part=(0, 1)):
-    """(line number from 1, bytes) of this part's lines, also of a .gz or .xz. The lines before the break of a half-downloaded archive
-    are kept, and the break is set aside, as are lines that are too long to be a row."""
-    mine, of = part
+def raw_lines(path, rejected, part=(0, 1)):
+    """(line number from 1, bytes) of this part's lines, also of a .gz or .xz. The lines before the break of a half-downloaded
+    archive are kept, and the break is set aside, as are lines that are too long to be a row."""
     line = 0
     with open_bytes(path) as file:
         try:
             for line, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
-                if line == 1:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                if len(raw) == LONGEST_LINE and raw[-1:] != b"\n":
-                    size = len(raw) + sum(map(len, _rest_of_line(file)))
-                    if (line - 1) % of == mine:
-                        set_aside(rejected, path, line, f"{size} bytes in one line; a row has at most {LONGEST_LINE}",
-                                  raw[:1000].decode("utf-8", "backslashreplace"))
-                elif (line - 1) % of == mine:
-                    yield line, raw
+                size, last = len(raw), raw
+                while len(last) == LONGEST_LINE and last[-1:] != b"\n":
+                    last = file.readline(LONGEST_LINE)
+                    size += len(last)
+                if (line - 1) % part[1] != part[0]:
+                    continue
+                if size > len(raw):
+                    set_aside(rejected, path, line, f"{size} bytes in one line; a row has at most {LONGEST_LINE}",
+                              raw[:1000].decode("utf-8", "backslashreplace"))
+                else:
+                    yield line, raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
         except BROKEN_ARCHIVE as error:
-            if mine == 0:
+            if part[0] == 0:
                 set_aside(rejected, path, line + 1, f"the archive ends early or is damaged ({error}): fetch it again", "")
-
-
-def _decoded(path, rejected, line, raw):
-    try:
-        return raw.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        set_aside(rejected, path, line, f"not UTF-8 at byte {error.start + 1}", raw.decode("utf-8", "backslashreplace"))
 
 
 def open_bytes(path):
@@ -234,6 +219,26 @@ def set_aside(rejected, path, line, reason, row):
     rejected.append({"file": str(path), "line": line, "reason": str(reason), "text": text})
 
 
+class Aside:
+    """A list that rows are set aside to, in a file: counts by kind of reason, and the first row, stay in memory."""
+
+    def __init__(self, path):
+        self.file, self.reasons, self.first = open(path, "wb"), Counter(), None
+
+    def __len__(self):
+        return sum(self.reasons.values())
+
+    def append(self, row):
+        self.file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        # what differs from row to row, texts in quotes and numbers, is left out of the kind
+        self.reasons[re.sub(r"\d+", "n", re.sub(r"(['\"]).*?\1", "…", row["reason"]))[:120]] += 1
+        self.first = self.first or row
+
+    def extend(self, rows):
+        for row in rows:
+            self.append(row)
+
+
 def check_text(name, text, empty=False):
     """Raise ValueError where `text` is no text, holds what no text should, or is empty and must not be."""
     if not isinstance(text, str):
@@ -243,17 +248,6 @@ def check_text(name, text, empty=False):
     if not text.isprintable() and (bad := _BAD.search(text)):
         what = "half a character" if "\ud800" <= bad[0] <= "\udfff" else "a control character"
         raise ValueError(f"{name} holds {bad[0]!r}, {what}; it must be valid UTF-8 without control characters")
-
-
-def _rest_of_line(file):
-    for piece in iter(lambda: file.readline(LONGEST_LINE), b""):
-        yield piece
-        if piece[-1:] == b"\n":
-            return
-
-
-def _worst_last(answer):
-    return -answer.score
 
 
 OPTIONAL = ("prefix", "system", "history", "source")

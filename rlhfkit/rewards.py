@@ -11,17 +11,19 @@ import torch
 from rlhfkit.engine import device
 from rlhfkit.families import DTYPES, load_tokenizer
 from rlhfkit.models.value import load_reward_model, score
-from rlhfkit.rl import ensemble
+from rlhfkit.rl import ensemble, moments
 
 ROWS = 64                   # answers scored at once
 
 
 class Rewards:
-    """The reward models of `reward_path`, combined by `ensemble`, plus the reward function."""
+    """The reward models of `reward_path`, combined by `ensemble`, plus the reward function. Of several each is centred on its mean over the
+    first answers that it scores (`offsets`): a pair loss leaves every model an offset of its own, which would decide the minimum."""
 
     def __init__(self, config, tokenizer):
         self.rule, self.host = config.ensemble, config.frozen_on == "host"
         self.models = [self._load(path.strip(), config, tokenizer) for path in config.reward_path.split(",") if path.strip()]
+        self.offsets = []
         self.function = load_function(config.reward_function) if config.reward_function else None
 
     def __call__(self, ids, mask, texts):
@@ -31,6 +33,9 @@ class Rewards:
         if self.models:
             with torch.no_grad(), placed(self.models, self.host):
                 scores = torch.stack([torch.cat([score(m, i, k) for i, k in zip(ids.split(ROWS), mask.split(ROWS))]) for m in self.models])
+            if len(scores) > 1:
+                self.offsets = self.offsets or [float(moments(row, torch.ones_like(row))[0]) for row in scores]
+                scores = scores - torch.tensor(self.offsets, device=ids.device)[:, None]
             total, spread = ensemble(scores, self.rule), scores.std(0, unbiased=False)
         if self.function:
             total = total + torch.tensor(self._called(texts), device=ids.device)

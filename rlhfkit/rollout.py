@@ -122,9 +122,9 @@ def rollout(model, prompts, max_new_tokens, end_ids, pad_id, seeds, temperature,
     return answers, [row[:len(answer)] for row, answer in zip(logps, answers)]
 
 
-def fast(model, compiled=False):
-    """A Decoder for a model that can be sampled from captured graphs, or None."""
-    return Decoder(model, compiled) if not supported(model, next(model.parameters()).device) else None
+def fast(model, compiled=False, length=0):
+    """A Decoder for a model that can be sampled from captured graphs, or None; length: tokens of a row to reserve."""
+    return Decoder(model, compiled, length) if not supported(model, next(model.parameters()).device) else None
 
 
 class Choice(LogitsProcessor):

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import time
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -45,21 +46,21 @@ def data_files(path):
 
 def data_hash(path):
     """Hash of the bytes of the data, 16 hexadecimal digits; noted beside them: files of the same size and time are not read again."""
-    files, digest = data_files(path), hashlib.sha256()
+    files = data_files(path)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     note = beside(path) / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.data"
     if note.is_file():
         return note.read_text()
+    digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            for block in iter(lambda: f.read(1 << 20), b""):
-                digest.update(block)
-    written = max(modified for _, _, modified in stats)
-    if time.time_ns() - written > 2e9 and writable(note.parent):    # a file just written may change again unseen by its clock
+            hashlib.file_digest(f, lambda: digest)              # goes on with the same one
+    found = digest.hexdigest()[:16]
+    if time.time_ns() - max(modified for *_, modified in stats) > 2e9 and writable(note.parent):    # newer ones may change unseen
         part = note.with_suffix(f".{os.getpid()}")
-        part.write_text(digest.hexdigest()[:16])
+        part.write_text(found)
         os.replace(part, note)
-    return digest.hexdigest()[:16]
+    return found
 
 
 def beside(path):
@@ -77,8 +78,8 @@ def writable(folder):
 
 
 def text_rows(records, family, tokenizer, max_length, packing=True):
-    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token lost.
-    Families that read both ways (GLM) learn to fill blanks: a piece's beginning is read, its end or a span of it written."""
+    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token
+    lost. Families that read both ways (GLM) learn to fill blanks: a piece's beginning is read, its end or a span of it written."""
     def pieces(record):
         read, ids = family.encode_text(tokenizer, text_of(record))
         template = len(read) + (2 if family.blank else 0)
@@ -87,11 +88,11 @@ def text_rows(records, family, tokenizer, max_length, packing=True):
             raise ValueError(f"max_length is {max_length}; a document takes {template} tokens beside its text: "
                              f"set it to {template + 1} or more")
         for start in range(0, len(ids), room):
-            head, part = family.blank(tokenizer, ids[start:start + room]) if family.blank else (read, ids[start:start + room])
+            part = ids[start:start + room]
+            head, part = family.blank(tokenizer, part) if family.blank else (read, part)
             made.append(dict(input_ids=head + part, labels=[IGNORE] * len(head) + part))
         return made
-    rows, rejected = _rows(records, pieces, tokenizer, lambda record: [text_of(record)])
-    return (pack(rows, max_length) if packing else rows), rejected
+    return _rows(records, pieces, tokenizer, lambda record: [text_of(record)], max_length if packing else 0)
 
 
 def text_of(record):
@@ -100,7 +101,8 @@ def text_of(record):
 
 
 def documents(records):
-    """Records for pre-training, one by one: each prompt and each best answer as a text of its own, so that the task itself stays unseen."""
+    """Records for pre-training, one by one: each prompt and each best answer as a text of its own, so that the task itself stays
+    unseen."""
     return (Record(prompt=text, source=r.source) for r in records for text in (r.prompt, *(a.text for a in r.answers[:1])) if text)
 
 
@@ -112,24 +114,24 @@ def pack(rows, max_length):
 def sft_rows(records, family, tokenizer, max_length, packing=False):
     """The best answer of each record, loss on the answer and its end token -> (rows, set aside)."""
     def row(record):
-        if not record.answers or not record.answers[0].text:
+        if not record.answers:
             raise ValueError("no answer")
         prompt, answer = family.encode(tokenizer, record, record.answers[0].text, max_length)
-        return dict(input_ids=prompt + answer, labels=[IGNORE] * len(prompt) + answer)
-    rows, rejected = _rows(records, row, tokenizer, lambda record: _asked(record)[:4])
-    return (pack(rows, max_length) if packing else rows), rejected
+        return [dict(input_ids=prompt + answer, labels=[IGNORE] * len(prompt) + answer)]
+    return _rows(records, row, tokenizer, lambda record: _asked(record)[:4], max_length if packing else 0)
 
 
 def reward_rows(records, family, tokenizer, max_length, max_answers=0):
-    """The scored answers of a prompt together: `answers` (prompt and answer ids) and `scores` -> (rows, set aside). Of more than max_answers
-    (0: no limit) the best, the worst and some evenly between."""
+    """The scored answers of a prompt together: `answers` (prompt and answer ids) and `scores` -> (rows, set aside). Of more than
+    max_answers (0: no limit) the best, the worst and some evenly between."""
     def row(record):
-        some = _spread(record.answers, max_answers)
+        some, last = record.answers, len(record.answers) - 1
+        if 0 < max_answers <= last:
+            some = [some[round(i * last / max(1, max_answers - 1))] for i in range(max_answers)]
         if not some or some[0].score == some[-1].score:
             raise ValueError("no answer is better than another")
-        answers = [family.encode(tokenizer, record, a.text)[1] for a in some]
-        prompt, _ = family.encode(tokenizer, record, some[_longest(answers)].text, max_length)
-        return dict(answers=[prompt + ids for ids in answers], scores=[a.score for a in some])
+        prompt, answers = _sides(record, some, family, tokenizer, max_length)
+        return [dict(answers=[prompt + ids for ids in answers], scores=[a.score for a in some])]
     return _rows(records, row, tokenizer, _asked)
 
 
@@ -137,33 +139,30 @@ def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0
     """DPO: `prompt_ids, chosen_ids, rejected_ids`, up to pairs_per_prompt drawn by seed and prompt, whatever the records before;
     one prompt encoding serves both sides. pair_rule: as in `pairs`."""
     def row(record):
-        found = pairs(record, pair_rule)
+        found, rng = pairs(record, pair_rule), random.Random(f"{seed}\n{record.prompt}")
         if not found:
             raise ValueError("no answer is better than another")
-        made, rng = [], random.Random(f"{seed}\n{record.prompt}")
-        for chosen, rejected in rng.sample(found, min(pairs_per_prompt, len(found))):
-            sides = [family.encode(tokenizer, record, a.text)[1] for a in (chosen, rejected)]
-            prompt, _ = family.encode(tokenizer, record, (chosen, rejected)[_longest(sides)].text, max_length)
-            made.append(dict(prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1]))
-        return made
+        made = [_sides(record, pair, family, tokenizer, max_length) for pair in rng.sample(found, min(pairs_per_prompt, len(found)))]
+        return [dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected) for prompt, (chosen, rejected) in made]
     return _rows(records, row, tokenizer, _asked)
 
 
 def prompt_rows(records, family, tokenizer, max_length):
     """Prompts for generation: `prompt_ids`, at most max_length of them -> (rows, set aside); the record rides along."""
-    return _rows(records, lambda r: dict(prompt_ids=family.encode(tokenizer, r, None, max_length)[0], record=r), tokenizer,
+    return _rows(records, lambda r: [dict(prompt_ids=family.encode(tokenizer, r, None, max_length)[0], record=r)], tokenizer,
                  lambda record: _asked(record)[:3])
 
 
-def collate(rows, pad_id, side="right"):
-    """Rows -> input_ids, labels, attention_mask (B, T); packed rows get position_ids instead of a mask, padding being a document more."""
-    length = max(len(row["input_ids"]) for row in rows)
-    batch = dict(input_ids=pad([row["input_ids"] for row in rows], pad_id, length, side),
-                 labels=pad([row["labels"] for row in rows], IGNORE, length, side))
+def collate(rows, pad_id):
+    """Rows -> input_ids, labels, attention_mask (B, T); packed rows get position_ids in place of a mask, padding being a document
+    more."""
+    ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
+    batch = dict(input_ids=pad(ids, pad_id), labels=pad(labels, IGNORE))
     if "position_ids" in rows[0]:
-        batch["position_ids"] = torch.tensor([row["position_ids"] + list(range(length - len(row["position_ids"]))) for row in rows])
+        length = batch["labels"].shape[1]
+        batch["position_ids"] = torch.tensor([[*row["position_ids"], *range(length - len(row["labels"]))] for row in rows])
     else:
-        batch["attention_mask"] = pad([[1] * len(row["input_ids"]) for row in rows], 0, length, side)
+        batch["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
     return batch
 
 
@@ -178,7 +177,8 @@ def collate_answers(rows, pad_id):
 def pad(lists, value, length=None, side="right"):
     """Lists of ints -> (B, T) int64, filled with `value` on `side`."""
     length = length or max(map(len, lists))
-    return torch.tensor([x + [value] * (length - len(x)) if side == "right" else [value] * (length - len(x)) + x for x in lists])
+    gaps = [[value] * (length - len(x)) for x in lists]
+    return torch.tensor([x + gap if side == "right" else gap + x for x, gap in zip(lists, gaps)])
 
 
 def show(row, tokenizer):
@@ -186,30 +186,23 @@ def show(row, tokenizer):
     if "labels" not in row:
         sides = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") if side in row]
         return "\n".join(tokenizer.decode(ids) for ids in row.get("answers") or sides or [row["prompt_ids"]])
-    parts, start = [], 0
-    ids, trained = row["input_ids"], [label != IGNORE for label in row["labels"]]
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or trained[i] != trained[start]:
-            text = tokenizer.decode(ids[start:i])
-            parts.append(f"⟦{text}⟧" if trained[start] else text)
-            start = i
+    parts = []
+    for trained, pairs_of in groupby(zip(row["input_ids"], row["labels"]), key=lambda pair: pair[1] != IGNORE):
+        text = tokenizer.decode([token for token, _ in pairs_of])
+        parts.append(f"⟦{text}⟧" if trained else text)
     return "".join(parts)
 
 
-def _spread(items, most):
-    """`items`, or `most` of them from the first to the last."""
-    if not most or len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
+def _sides(record, answers, family, tokenizer, max_length):
+    """-> ids of the prompt, as short as the longest of the answers needs it, and of each answer."""
+    ids = [family.encode(tokenizer, record, answer.text)[1] for answer in answers]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    return family.encode(tokenizer, record, answers[longest].text, max_length)[0], ids
 
 
-def _longest(lists):
-    return max(range(len(lists)), key=lambda i: len(lists[i]))
-
-
-def _rows(records, build, tokenizer, texts):
-    """`build(record)` for each -> (rows, set aside). texts: record -> the texts that it will ask `tokenizer` for, which are then tokenised
-    many at a time where the tokenizer can (Pangu's is ten times as fast so)."""
+def _rows(records, build, tokenizer, texts, packed=0):
+    """`build(record)`, a list of rows, for each -> (rows, set aside); packed: into rows of that length. texts: record -> the texts
+    that it will ask `tokenizer` for, tokenised many at a time where the tokenizer can (Pangu's is ten times as fast so)."""
     rows, rejected = [], []
     for start in range(0, len(records), AT_ONCE):
         part = records[start:start + AT_ONCE]
@@ -217,16 +210,14 @@ def _rows(records, build, tokenizer, texts):
             tokenizer.remember(text for record in part for text in texts(record))
         for i, record in enumerate(part, start):
             try:
-                made = build(record)
+                rows += [dict(id=i, source=record.source, **row) for row in build(record)]
             except ValueError as error:
                 rejected.append(dict(id=i, source=record.source, reason=str(error), text=record.prompt[:80]))
-                continue
-            rows += [dict(id=i, source=record.source, **r) for r in (made if isinstance(made, list) else [made])]
     if hasattr(tokenizer, "remember"):
         tokenizer.remember([])
     if records and not rows:
         raise NoRow(len(records), rejected)
-    return rows, rejected
+    return (pack(rows, packed) if packed else rows), rejected
 
 
 def _asked(record):

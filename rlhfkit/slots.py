@@ -4,7 +4,7 @@ An operator writes the new key and value at the slot and reads a row's filled sl
 and configs are switched over for as long as a context lasts, and put back also after an error.
 """
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhfkit.models.prefix import PrefixPreTrainedModel
 
 NAME = "rlhfkit_slots"                      # of our attention in transformers' interface
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))        # layers that read the same input, where a model has them apart
 
 
 class Slots(Cache):
@@ -40,6 +41,7 @@ def supported(model, device):
         "weights are sharded, or on several devices": any(not p.numel() for p in parameters) or len({p.device for p in parameters}) > 1,
         "weights are float64": any(p.dtype == torch.float64 for p in parameters),
         "it is no decoder of text alone": bool(config.is_encoder_decoder or config.sub_configs),
+        "its attention is not exchangeable": not model._supports_attention_backend,
         "some layers do not attend to all that came before": any(getattr(config, name, None) for name in (
             "sliding_window", "attention_chunk_size")) or bool(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}),
         "attention scores are capped": bool(getattr(config, "attn_logit_softcapping", None)),
@@ -47,7 +49,6 @@ def supported(model, device):
         "layers keep another state than keys and values":
             bool(getattr(model, "_is_stateful", False)) or len(attentions(model)) != config.num_hidden_layers,
         "rotary angles depend on the longest row": "'dynamic'" in rope or "'longrope'" in rope,
-        "its attention is not exchangeable": not model._supports_attention_backend,
         "attention has a bias": not model._supports_flash_attn and not isinstance(model, PrefixPreTrainedModel),     # flash takes none either
         "its step cannot be captured": not model._can_compile_fullgraph,
         "triton is not installed": find_spec("triton") is None,
@@ -88,6 +89,30 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
 
 
+class Part(torch.nn.Linear):
+    """A layer as one of several that make one product; its class for a while, since a method of one object would be compiled for each."""
+
+    def forward(self, x):
+        weight, bias, start, end = self.joined
+        return torch.nn.functional.linear(x, weight, bias)[..., start:end]
+
+
+def laid_together(model):
+    """Let each group of JOINED layers make one product -> [(layer, (weights, biases, its first row, its last))]. Their weights are laid behind
+    one another in memory, not copied: each parameter stays what it was, as a view."""
+    joined = []
+    for module in model.modules():
+        for names in JOINED:
+            linears = [getattr(module, name, None) for name in names]
+            if not all(type(x) is torch.nn.Linear for x in linears) or len({x.in_features for x in linears}) > 1:
+                continue
+            weight, bias = (_one_behind_another([getattr(x, kind) for x in linears]) for kind in ("weight", "bias"))
+            if weight is not None and (bias is not None or all(x.bias is None for x in linears)):
+                ends = torch.tensor([x.out_features for x in linears]).cumsum(0).tolist()
+                joined += [(x, (weight, bias, end - x.out_features, end)) for x, end in zip(linears, ends)]
+    return joined
+
+
 @contextmanager
 def evaluating(model):
     """Evaluation mode; each module's own is put back."""
@@ -117,29 +142,49 @@ def attending(model):
 
 
 @contextmanager
-def compiled(model, backend):
+def compiled(model, backend, together=()):
     """Layers, by the class names that a model says are not to be split, run compiled: one program for all, whatever their number.
 
-    `layer_idx` is left open, since it would make each layer a program of its own; a second batch size leaves the batch open. backend "": as they are."""
+    `layer_idx` is left open, since it would make each layer a program of its own; a second batch size leaves the batch open. backend "":
+    layers stay as they are. together: what `laid_together` returned."""
     if not backend:
         yield
         return
-    program, before = torch.compile(_forward, backend=backend), []
+    program, before = torch.compile(_forward, backend=_once(backend)), []
     with torch._dynamo.config.patch(recompile_limit=64, allow_unspec_int_on_nn_module=True, specialize_float=True), \
             torch.compiler.config.patch(dynamic_sources=r".*layer_idx.*"):
         for layer in (m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or ())):
-            before.append((layer, layer.__dict__.get("forward"), layer._compiled_call_impl))
-            layer.forward, layer._compiled_call_impl = partial(program, layer), None
+            before.append((layer, {name: layer.__dict__[name] for name in ("forward", "_compiled_call_impl") if name in layer.__dict__}))
+            layer.forward, layer._compiled_call_impl = partial(program, layer), None                # not the one that training compiled
+        for linear, joined in together:
+            linear.joined, linear.__class__ = joined, Part
         try:
             yield
         finally:
-            for layer, forward, call in before:
-                layer.__dict__.pop("forward")
-                layer.__dict__.update({"forward": forward} if forward else {}, _compiled_call_impl=call)
+            for linear, _ in together:
+                del linear.joined
+                linear.__class__ = torch.nn.Linear
+            for layer, own in before:
+                del layer.forward, layer._compiled_call_impl
+                layer.__dict__.update(own)
 
 
 def _forward(layer, *args, **kwargs):
     return type(layer).forward(layer, *args, **kwargs)
+
+
+@cache
+def _once(backend):
+    """A compiler that makes a product only once where several joined layers take their part of it; the same object for the same backend."""
+    def compiler(module, inputs):
+        seen = {}
+        for node in list(module.graph.nodes):
+            if node.target is torch._C._nn.linear and seen.setdefault(node.args, node) is not node:
+                node.replace_all_uses_with(seen[node.args])
+                module.graph.erase_node(node)
+        module.recompile()
+        return (torch._dynamo.lookup_backend(backend) if type(backend) is str else backend)(module, inputs)
+    return compiler
 
 
 def plain(model):
@@ -150,3 +195,20 @@ def plain(model):
 def attentions(model):
     """The modules that attend, by what transformers' attention functions ask of one, in the order of their layers."""
     return sorted((m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")), key=lambda m: m.layer_idx)
+
+
+def _one_behind_another(tensors):
+    """Parameters -> one tensor of all their rows that shares their memory, which they are moved into where they lie apart; None where they may
+    not move (DeepSpeed's lie in buffers of its own) or there are none."""
+    if any(t is None or t.dtype != tensors[0].dtype or not t.is_contiguous() for t in tensors):
+        return None
+    ends = [t.data_ptr() + t.nbytes for t in tensors]
+    if [t.data_ptr() for t in tensors[1:]] != ends[:-1] or len({t.untyped_storage().data_ptr() for t in tensors}) > 1:
+        if any(hasattr(t, "ds_id") or hasattr(t, "_hp_mapping") for t in tensors):
+            return None
+        whole = torch.cat([t.detach() for t in tensors])
+        for t, part in zip(tensors, whole.split([len(t) for t in tensors])):
+            t.data = part
+        return whole
+    first = tensors[0].detach()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

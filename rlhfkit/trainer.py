@@ -106,14 +106,14 @@ def merged(model, ids):
 
     def outputs():                          # logits, or a reward model's values
         found = model(input_ids=ids)
-        return getattr(found, "logits", found).float()
+        return getattr(found, "logits", found)
 
     model.eval()
     with torch.no_grad():
         before = outputs()
         model = model.merge_and_unload()
         worst = float((outputs() - before).abs().max())
-    if worst > LORA_TOLERANCE * max(1.0, float(before.abs().max())) and before.dtype == torch.float32:
+    if worst > LORA_TOLERANCE * max(1.0, float(before.abs().max())) and before.dtype == torch.float32:        # halves round more than that
         raise ValueError(f"merging LoRA moved a logit by {worst:.1e}, more than {LORA_TOLERANCE}; train with dtype float32 or mixed")
     return model
 

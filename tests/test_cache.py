@@ -95,9 +95,9 @@ def test_chunks_and_processes_change_nothing(config, make, monkeypatch, num_proc
     monkeypatch.setattr(cache, "HERE", 1)
     for build, values in zip((rk.pair_rows, rk.text_rows), expected):
         found = prepared(config, make(build), num_proc)
-        assert (found.train[:], found.dev[:], sorted(map(str, lines(found)))) == values and len(found.train.batches) == 8
+        assert (found.train[:], found.dev[:], sorted(map(str, lines(found)))) == values and found.train.columns["id"].num_chunks == 8
     monkeypatch.setattr(cache, "CHARACTERS", 1)
-    assert len(prepared(config, make(max_length=63), num_proc).train.batches) == 30
+    assert prepared(config, make(max_length=63), num_proc).train.columns["id"].num_chunks == 30
 
 
 def test_a_chunk_without_a_usable_record_is_no_error_but_data_without_one_is(config, make, monkeypatch):

@@ -78,12 +78,13 @@ def rates(config, steps=10):
 
 
 def test_the_linear_schedule_by_hand():
-    assert rates(CONFIG) == pytest.approx([0, 0.05, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])
+    """Two steps of warm-up in ten: thirds up, eighths down, and no step is lost at either end."""
+    assert rates(CONFIG) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, *(0.1 * n / 8 for n in range(7, 0, -1))])
 
 
 def test_a_constant_schedule_warms_up_as_it_does_on_hf_s_trainer():
     """trainer.arguments makes `constant` HF's constant_with_warmup; one name must not be two schedules."""
-    assert rates(dataclasses.replace(CONFIG, lr_scheduler_type="constant"), 4) == pytest.approx([0, 0.05, 0.1, 0.1])
+    assert rates(dataclasses.replace(CONFIG, lr_scheduler_type="constant"), 4) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
 
 
 def test_frozen_parameters_stay_and_get_no_gradient():

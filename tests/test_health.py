@@ -30,7 +30,8 @@ def healthy(stage, seed=0, steps=30):
             row.update(score=x + 0.1 * noise, kl=0.1 * abs(noise) * (1 - x) + 6 * x - 0.03,
                        entropy=2 - x + 0.05 * noise, length=20 + 4 * x + noise, finished=0.95,
                        first_ratio=2e-6, sampler_gap=1e-6, clip_fraction=0.1 + 0.02 * noise, explained_variance=-0.5 + x,
-                       policy_loss=-0.01 * noise, value_loss=0.3 - 0.2 * x, score_std=1.5 - 0.5 * x, score_spread=0.4 + 0.2 * x,
+                       policy_loss=-0.01 * noise, value_loss=0.3 - 0.2 * x, score_std=1.5 - 0.5 * x,
+                       score_spread=0.4 + 0.05 * noise,
                        repetition=0.05 + 0.02 * x, value_std=0.8, critic_grad_norm=2 * math.exp(0.3 * noise), loss_scale=65536.0)
         history.append(row)
         if step % 10 == 0:
@@ -92,6 +93,7 @@ FAULTS = [
     ("length", "ppo", "fail", dict(length=lambda step, v: min(20.0 + 3 * step, 64.0))),
     ("critic", "ppo", "warn", dict(explained_variance=lambda step, v: -0.2)),
     ("critic", "ppo", "fail", dict(explained_variance=lambda step, v: -1.5 * step)),
+    ("critic", "ppo", "fail", dict(value_std=lambda step, v: 3.0 * step)),
     ("dead critic", "ppo", "fail", dict(value_std=lambda step, v: 0.0)),
     ("dead critic", "ppo", "fail", dict(critic_grad_norm=lambda step, v: 0.0)),
     ("repetition", "ppo", "warn", dict(repetition=lambda step, v: 0.01 * step)),
@@ -99,7 +101,7 @@ FAULTS = [
     ("scores differ", "ppo", "fail", dict(score_std=lambda step, v: 0.0)),
     ("reward model", "ppo", "warn", dict(eval_score_gold=lambda step, v: 0.02)),
     ("reward model", "ppo", "fail", dict(eval_score_gold=lambda step, v: -0.5)),
-    ("ensemble", "ppo", "warn", dict(score_spread=lambda step, v: 0.3 + 0.02 * step)),
+    ("ensemble", "ppo", "warn", dict(score_spread=lambda step, v: 0.4 + 0.005 * step)),
     ("ensemble", "ppo", "fail", dict(score_spread=lambda step, v: 0.1 * step)),
     ("loss scale", "ppo", "warn", dict(loss_scale=lambda step, v: 2.0 ** max(16 - step, 2))),
     ("loss scale", "ppo", "fail", dict(loss_scale=lambda step, v: 2.0 ** max(16 - step, 0))),
@@ -157,6 +159,12 @@ def test_an_overflow_while_float16_seeks_its_loss_scale_is_no_divergence():
     history = planted("ppo", grad_norm=lambda step, v: math.inf if step in (1, 2) else v)
     assert verdicts("ppo", history, dtype="float16")["gradient norm"] == "ok"
     assert verdicts("ppo", history, dtype="float32")["gradient norm"] == "fail"
+
+
+def test_scores_that_come_together_are_no_disagreement_of_the_reward_models():
+    solved = planted("ppo", score_std=lambda step, v: 0.5 ** step, score_spread=lambda step, v: 0.4)
+    assert verdicts("ppo", solved)["ensemble"] == "ok"
+    assert "ensemble" not in verdicts("ppo", planted("ppo", score_spread=lambda step, v: 0.0))         # one reward model
 
 
 def test_a_nan_is_said_by_one_check_and_not_by_all():

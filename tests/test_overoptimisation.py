@@ -15,7 +15,8 @@ def run(scores, golds=None, kls=None, spreads=None):
     for number, (score, kl) in enumerate(zip(scores, kls)):
         if number:
             history.append(dict(step=10 * number, score=score, kl=kl, **({"score_spread": spreads[number]} if spreads else {})))
-        history.append(dict(step=10 * number, eval_score=score, eval_kl=float(kl)) | ({"eval_gold": golds[number]} if golds else {}))
+        gold = {"eval_gold": golds[number]} if golds else {}
+        history.append(dict(step=10 * number, eval_score=score, eval_kl=float(kl)) | gold)
     return history
 
 
@@ -45,8 +46,8 @@ def test_it_is_stopped_when_distance_buys_nothing_but_not_when_it_stands_still()
     assert stop_point(run([0, 1, 2, 2.01, 2.02], kls=[0, 1, 4, 4, 4])) is None
 
 
-def test_it_is_stopped_before_the_reward_models_are_twice_as_far_apart():
-    assert stop_point(run([0, 1, 1.5, 1.9, 2.2], spreads=[None, 0.5, 0.8, 0.9, 1.1])) == 30
+def test_it_is_stopped_before_the_reward_models_are_a_quarter_further_apart():
+    assert stop_point(run([0, 1, 1.5, 1.9, 2.2], spreads=[None, 0.5, 0.6, 0.62, 0.63])) == 30
 
 
 def test_gold_does_not_move_the_stop_and_rows_after_it_neither():

@@ -54,8 +54,7 @@ def test_no_row_is_lost_none_is_twice_and_no_bin_is_too_long(max_length):
 def test_machine_code_and_python_pack_alike():
     lengths = np.random.default_rng(0).integers(1, 33, 400)
     order = np.random.default_rng(1).permutation(400)
-    for one, other in zip(_best_fit(lengths, order, 32), getattr(_best_fit, "py_func", _best_fit)(lengths, order, 32)):
-        assert np.array_equal(one, other)
+    assert np.array_equal(_best_fit(lengths, order, 32), getattr(_best_fit, "py_func", _best_fit)(lengths, order, 32))
 
 
 def test_a_packed_row_by_hand():

@@ -185,8 +185,6 @@ def test_a_batch_by_hand():
     assert {k: v.tolist() for k, v in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[1, 2, 3], [4, 5, IGNORE]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]]}
-    left = collate([row(1, 2, 3), row(4, 5)], 6, "left")
-    assert (left["input_ids"][1].tolist(), left["attention_mask"][1].tolist()) == ([6, 4, 5], [0, 1, 1])
 
 
 def test_the_padding_of_packed_rows_is_a_document_more_without_a_loss():

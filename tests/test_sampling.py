@@ -26,7 +26,7 @@ def test_noise_has_these_values():
 
 
 def test_noise_is_gumbel_distributed():
-    """65,536 numbers in 64 equally likely classes: chi-square of 63 degrees of freedom, mean 63, deviation 11.2; mean 0.5772, variance 1.6449."""
+    """65,536 numbers in 64 equally likely classes: chi-square of 63 degrees of freedom, deviation 11.2; mean 0.5772, variance 1.6449."""
     noise = gumbel(SEEDS, 0, 256).double().flatten()
     counts = torch.bincount((torch.exp(-torch.exp(-noise)) * 64).long(), minlength=64)
     assert float(((counts - 1024.0) ** 2 / 1024).sum()) < 63 + 5 * 11.2
@@ -41,8 +41,8 @@ def test_the_large_noise_is_fine_grained_and_as_rare_as_it_should_be():
 
 
 @pytest.mark.parametrize("seeds, steps", [
-    (torch.arange(64), [0]), (torch.arange(64) << 32, [0]), (torch.tensor([5]), range(64)), (torch.tensor([1 << 62]), range(0, 64 << 20, 1 << 20)),
-    (2 ** torch.arange(62), [7]), (-torch.arange(64), [2 ** 31 - 1])])
+    (torch.arange(64), [0]), (torch.arange(64) << 32, [0]), (torch.tensor([5]), range(64)),
+    (torch.tensor([1 << 62]), range(0, 64 << 20, 1 << 20)), (2 ** torch.arange(62), [7]), (-torch.arange(64), [2 ** 31 - 1])])
 def test_neighbouring_seeds_and_steps_are_independent(seeds, steps):
     """Correlations of 4,096 tokens' uniforms, at the same token and at the next: none above 5.5 / sqrt(4096)."""
     noise = torch.cat([gumbel(seeds, t, 4096) for t in steps]).double()

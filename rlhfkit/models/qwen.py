@@ -50,7 +50,7 @@ class QwenRotary(nn.Module):
     def forward(self, hidden_states, position_ids):
         config = self.config
         size = config.hidden_size // config.num_attention_heads
-        base = torch.tensor(float(config.rope_parameters["rope_theta"]), device=hidden_states.device)
+        base = torch.full((), float(config.rope_parameters["rope_theta"]), device=hidden_states.device)
         if self.alpha is not None:
             base = base * self.alpha ** (size / (size - 2))                                                  # (B, 1)
         exponents = torch.arange(0, size, 2, device=hidden_states.device).float() / size

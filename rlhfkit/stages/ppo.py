@@ -62,8 +62,7 @@ class PPOTrainer:
         critic = critic_for(config, self.family, rewards)
         self.actor = Engine(model, config, config.learning_rate, max(1, self.total_steps - config.critic_warmup_steps))
         self.critic = Engine(critic, config, config.critic_learning_rate or config.learning_rate, self.total_steps) if critic else None
-        self.experience = Experience(config, self.tokenizer, self.family, self.actor, self.critic, rewards)
-        self.experience.micro = self.micro
+        self.experience = Experience(config, self.tokenizer, self.family, self.actor, self.critic, rewards, self.micro)
         self.actor.average = Average(self.actor, config.ema_decay) if config.ema_decay else None
         self.engines = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
         self.kl = rl.AdaptiveKL(config.kl_coefficient, config.kl_target, config.kl_horizon) if config.kl_target \
@@ -105,7 +104,7 @@ class PPOTrainer:
             self._keep(step + 1, numbers, batch, advantages)
         times.append(self._now("sampling"))
         spans = [end - begin for begin, end in zip(times, times[1:])]
-        return {"step": step + 1, **row, **stats, "learning_rate": self.actor.learning_rate, "seconds": sum(spans),
+        return {"step": step + 1, **row, **stats, "seconds": sum(spans),
                 **dict(zip(("seconds_rollout", "seconds_scoring", "seconds_update"), spans))}
 
     def _prompts(self, step):
@@ -130,7 +129,7 @@ class PPOTrainer:
         if self.moments:
             self.moments.update(score)
             score = self.moments.normalize(score)
-            batch.values = self._on_the_scores_scale(batch.values)
+            batch.values = self._scaled(batch.values)
         rewards = rl.shaped_rewards(score.clamp(-config.score_clip, config.score_clip), batch.logps, batch.ref_logps, batch.answer,
                                     self.kl.value if config.kl_in == "reward" else 0.0, batch.finished, config.unfinished_score)
         if config.advantage == "gae":
@@ -163,10 +162,12 @@ class PPOTrainer:
             figures.append(summed | norms | ({"first_ratio": max(gather_list([sums["ratio_deviation"]]))} if learns and n == 0 else {}))
             if config.max_update_kl and summed.get("approx_kl", 0.0) > config.max_update_kl:
                 break
+        rate = self.actor.learning_rate
         for engine in (self.actor, self.critic)[not learns:]:
             engine and engine.advance()
-        means = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0] if name not in ("first_ratio", "ratio_deviation")}
-        return {k: v for k, v in figures[0].items() if k == "first_ratio"} | means | {"updates": len(figures)}
+        first = {name: figures[0].pop(name) for name in ("first_ratio", "sampler_gap") if name in figures[0]}
+        means = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0] if name != "ratio_deviation"}
+        return first | means | {"updates": len(figures), "learning_rate": rate}
 
     def _policy(self, batch, advantages, rows, tokens, answers, last):
         """The actor's backward pass on a micro-batch -> its share of the figures."""
@@ -182,19 +183,20 @@ class PPOTrainer:
         if config.kl_in == "loss":              # k2, whose gradient is that of the KL
             loss = loss + self.kl.value * (rl.kl_estimates(logps, batch.ref_logps[rows], answer)[1] * weight).sum()
         self.actor.backward(loss - config.entropy_coefficient * entropy, last)
-        return {"policy_loss": loss.item(), "entropy": entropy.item(), **rl.ratio_stats(logps, old, answer, config.clip, tokens)}
+        gap = {} if config.rescore else {"sampler_gap": ((logps.detach() - batch.sampled[rows]) * answer).abs().sum().item() / tokens}
+        return {"policy_loss": loss.item(), "entropy": entropy.item(), **gap, **rl.ratio_stats(logps, old, answer, config.clip, tokens)}
 
     def _value(self, batch, returns, rows, tokens, last):
         """The critic's backward pass on a micro-batch -> its share of the figures."""
         answer = batch.answer[rows]
         with self.experience.autocast():
-            values = self._on_the_scores_scale(self.critic(batch.ids[rows], attention_mask=batch.mask[rows])[:, -answer.shape[1] - 1:-1])
+            values = self._scaled(self.critic(batch.ids[rows], attention_mask=batch.mask[rows])[:, -answer.shape[1] - 1:-1])
         loss = rl.value_loss(values, batch.values[rows, :-1], returns[rows], answer / tokens, self.config.value_clip)
         self.critic.backward(loss, last)
         return {"value_loss": loss.item()}
 
-    def _on_the_scores_scale(self, values):
-        """Values of a model that was trained to give scores, normalised as the scores are: else the critic would start far off."""
+    def _scaled(self, values):
+        """Values of a model that was trained to give scores, normalised as the scores are, or the critic would start far off."""
         return self.moments.normalize(values) if self.moments and values is not None and self.config.critic in ("reward", "frozen") else values
 
     def _ptx_loss(self, number):
@@ -232,18 +234,18 @@ class PPOTrainer:
 
     def resume(self):
         """Step to go on from: 0, or that of the newest whole checkpoint, whose state is loaded."""
-        state = load_checkpoint(self.config.output_dir, self.engines, rank()) if self.config.resume else None
-        if state is None:
+        state = self.config.resume and load_checkpoint(self.config.output_dir, self.engines, rank())
+        if not state:
             return 0
         self.history, self.samples, self.best = json.loads(state["history"]), json.loads(state["samples"]), state["best"]
-        self.kl.value = state["kl"]
+        self.kl.value, self.experience.rewards.offsets = state["kl"], state["offsets"]
         if self.moments:
             self.moments = rl.Moments(*state["moments"])
         say(self.config.output_dir, f"going on from step {state['step']}")
         return state["step"]
 
     def checkpoint(self, step):
-        state = {"kl": self.kl.value, "moments": list(vars(self.moments).values()) if self.moments else [], "best": self.best,
+        state = {"kl": self.kl.value, "offsets": self.experience.rewards.offsets, "moments": list(vars(self.moments).values()) if self.moments else [], "best": self.best,
                  "history": json.dumps(self.history), "samples": json.dumps(self.samples)}
         save_checkpoint(self.config.output_dir, step, state, self.engines, self.config.save_total_limit, rank(),
                         dist.barrier if dist.is_initialized() else lambda: None)
@@ -255,8 +257,7 @@ class PPOTrainer:
             with self.actor.average.in_place():
                 save_engine(self.actor, self.tokenizer, Path(self.config.output_dir, "ema"), last=False)
         save_engine(self.actor, self.tokenizer, self.config.output_dir)
-        trained = [row for row in self.history if "score" in row]
-        held_out = [row for row in self.history if "eval_score" in row]
+        trained, held_out = ([row for row in self.history if name in row] for name in ("score", "eval_score"))
         metrics = {k: v for k, v in trained[-1].items() if k in ("score", "kl", "length", "finished", "entropy")}
         for row, suffix in ((held_out[0], "_before"), (held_out[-1], "")) if held_out else ():
             metrics |= {f"{k}{suffix}": v for k, v in row.items() if k.startswith("eval_")}
