@@ -31,7 +31,7 @@ GROUP = dict(critic="none", answers_per_prompt=4, batch_size=32)            # as
 VARIANTS = {
     "full": {}, "no whitening": dict(whiten_advantages=False), "no KL": dict(kl_coefficient=0.0),
     "no PTX": dict(ptx_coefficient=0.0), "no value clip": dict(value_clip=0.0), "no score normalisation": RAW,
-    "frozen critic": dict(critic="frozen", **RAW),          # its values are raw scores
+    "frozen critic": dict(critic="frozen"),
     "RLOO": dict(advantage="rloo", **GROUP), "GRPO": dict(advantage="grpo", kl_in="loss", loss_mean="answers", **GROUP),
     "DPO": {}}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}      # 97.5 %, n seeds
