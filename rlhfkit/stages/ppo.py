@@ -58,15 +58,14 @@ class PPOTrainer:
         self.total_steps = config.max_steps or config.num_epochs * math.ceil(len(self.rows) / self.per_step)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        rewards = Rewards(config, self.tokenizer)
-        critic = critic_for(config, self.family, rewards)
+        critic = critic_for(config, self.family, rewards := Rewards(config, self.tokenizer))
         self.actor = Engine(model, config, config.learning_rate, max(1, self.total_steps - config.critic_warmup_steps))
         self.critic = Engine(critic, config, config.critic_learning_rate or config.learning_rate, self.total_steps) if critic else None
         self.experience = Experience(config, self.tokenizer, self.family, self.actor, self.critic, rewards, self.micro)
         self.actor.average = Average(self.actor, config.ema_decay) if config.ema_decay else None
         self.engines = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
-        self.kl = rl.AdaptiveKL(config.kl_coefficient, config.kl_target, config.kl_horizon) if config.kl_target \
-            else rl.FixedKL(config.kl_coefficient)
+        kl = config.kl_coefficient
+        self.kl = rl.AdaptiveKL(kl, config.kl_target, config.kl_horizon) if config.kl_target else rl.FixedKL(kl)
         self.moments = None if config.normalize_scores == "none" else rl.Moments(config.normalize_scores == "running")
         self.history, self.samples, self.best = [], [], -math.inf
         self._remark()
