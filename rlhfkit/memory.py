@@ -147,7 +147,7 @@ def _activations(config, trained):
     predicted = config.max_new_tokens if config.stage == "ppo" else length
     parts = {"activations": max(costs), "logits": 0 if config.stage == "reward" else logit * rows * predicted * trained[0].vocab}
     if config.stage == "ppo":           # kept between rollouts, together with the captured steps
-        parts["cache"] = config.batch_size * config.answers_per_prompt * length * trained[0].cached * _plain_bytes(config.dtype)
+        parts["cache"] = config.batch_size * config.answers_per_prompt * length * trained[0].cached * (4 if config.dtype == "float32" else 2)
     return parts
 
 

@@ -29,7 +29,7 @@ def main():
     if "--write" in sys.argv:
         for file in (PROJECT / "README.md", PROJECT / "README.zh.md"):
             text = file.read_text(encoding="utf-8")
-            file.write_text(re.sub(r"(<!-- families -->\n).*?(\n<!-- /families -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL),
+            file.write_text(re.sub(r"(<!-- families -->\n).*?(<!-- /families -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL),
                             encoding="utf-8")
 
 
