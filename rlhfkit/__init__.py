@@ -28,7 +28,8 @@ _HOME = {
     "tasks": "Task TASKS",
     "evaluation": "evaluate tabulate perplexity compare win_rate report_card score leaderboard samples_table write_page",
     "bench": "sweep time_steps",
-    "plots": "plot_history plot_margins plot_scores plot_memory plot_rows plot_lengths plot_answers plot_frontier",
+    "plots": "plot_history plot_margins plot_scores plot_memory plot_rows plot_lengths plot_answers",
+    "plots_rl": "plot_rollout plot_phases plot_frontier plot_ablation",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -13,15 +13,14 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.ticker import ScalarFormatter
 
-from rlhfkit.overoptimisation import fit_gold, frontier, hindsight, stop_point
-
 SIZE, DPI = (6.4, 3.0), 100
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999", "#444444", "#661100",
            "#BBBBBB"]                                   # Okabe and Ito's, then greys and a brown
 PANELS = {"pretrain": ["loss"], "sft": ["loss"], "reward": ["loss", "accuracy", "margin"],
           "dpo": ["loss", "rewards/accuracies", "rewards/margins"], "ppo": ["score", "gold", "kl", "length"]}
 AXES = {"kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "length (tokens)",
-        "gold": "gold score", "score": "reward score", "grad_norm": "gradient norm", "seconds": "seconds a step"}
+        "gold": "gold score", "score": "reward score", "grad_norm": "gradient norm", "seconds": "seconds a step",
+        "explained_variance": "explained variance (share)", "clip_fraction": "clipped (share of tokens)"}
 
 
 def plot_history(result, *names, title=""):
@@ -34,7 +33,7 @@ def plot_history(result, *names, title=""):
     missing = [name for name in wanted if name not in known]
     if missing or not wanted:
         raise ValueError(f"the history has no {', '.join(missing) or 'figures'}; it has: {', '.join(sorted(known))}")
-    figure, axes = _figure(len(wanted), title)
+    figure, axes = canvas(len(wanted), title)
     for ax, name in zip(axes, wanted):
         for key, style, colour, label in ((name, "-", COLOURS[0], "training"),
                                           ("eval_" + name, "o:", COLOURS[1], "held out")):
@@ -57,7 +56,7 @@ def plot_margins(margins, title=""):
     if not values:
         raise ValueError("there are no margins; give a list of numbers, or a reward Result with metrics['margins']")
     share = f"{sum(v > 0 for v in values) / len(values):.0%} of {len(values)} pairs above 0"
-    _, (ax,) = _figure(1, f"{title} ({share})" if title else share)
+    _, (ax,) = canvas(1, f"{title} ({share})" if title else share)
     _, edges, bars = ax.hist(values, bins=_bins(values), edgecolor="white", linewidth=0.5)
     for left, bar in zip(edges, bars):
         bar.set_facecolor(COLOURS[0] if left >= 0 else COLOURS[1])
@@ -67,7 +66,7 @@ def plot_margins(margins, title=""):
 
 def plot_scores(*tables, labels=(), title=""):
     """Tables of `rk.evaluate`, each with its label -> a bar for each task's total, 95 % interval, a mark at chance."""
-    figure, (ax,) = _figure(1, title)
+    figure, (ax,) = canvas(1, title)
     totals = [_totals(table) for table in tables]
     keys = [list(zip(table["task"], table["metric"])) for table in totals]
     rows = list(dict.fromkeys(key for table in keys for key in table))
@@ -93,7 +92,7 @@ def plot_memory(*estimates, labels=(), title=""):
     `rk.sweep` (swept fields, then `tokens_per_second` and `memory_gib`) -> bars of peak memory and of speed."""
     if hasattr(estimates[0], "columns"):
         return _plot_sweep(estimates[0], title)
-    figure, (ax,) = _figure(1, title)
+    figure, (ax,) = canvas(1, title)
     left, parts = [0.0] * len(estimates), list(dict.fromkeys(name for e in estimates for name in e.parts))
     for name, colour in zip(parts, COLOURS * 2):
         sizes = [e.parts.get(name, 0.0) for e in estimates]
@@ -122,7 +121,7 @@ def plot_rows(rows, tokenizer, title="", width=100):
                 line.append((place, character, labels[start] >= 0))
                 place += size
         lines += [line, []]
-    figure, (ax,) = _figure(1, title)
+    figure, (ax,) = canvas(1, title)
     figure.set_size_inches(SIZE[0], max(1.0, 0.2 * len(lines) + 0.4))
     for number, line in enumerate(lines):
         for place, character, trained in line:
@@ -138,7 +137,7 @@ def plot_lengths(lengths, cuts=(512, 1024, 2048), title=""):
     everything = sorted(length for some in lengths.values() for length in some)
     if not everything:
         raise ValueError("there are no lengths; give {source: [tokens of each row, …]} with a row at the least")
-    figure, (ax,) = _figure(1, title)
+    figure, (ax,) = canvas(1, title)
     low, high = math.log2(max(1, everything[0])), math.log2(max(everything[-1], *cuts) + 1)
     edges = [2 ** (low + (high - low) * i / 40) for i in range(41)]
     ax.hist(list(lengths.values()), bins=edges, histtype="step", label=list(lengths), color=_colours(lengths))
@@ -155,7 +154,7 @@ def plot_lengths(lengths, cuts=(512, 1024, 2048), title=""):
 def plot_answers(records, title=""):
     """How many answers a prompt has and how scores are spread: shares of each source by itself."""
     sources = sorted({record.source for record in records})
-    figure, (left, right) = _figure(2, title)
+    figure, (left, right) = canvas(2, title)
     counts = [[len(record.answers) for record in records if record.source == source] for source in sources]
     scores = [[answer.score for record in records if record.source == source for answer in record.answers] for source in sources]
     most = max(map(max, counts))
@@ -188,7 +187,7 @@ def _plot_sweep(table, title):
     figures = [("memory_gib", "peak memory (GiB)"), ("tokens_per_second", "tokens a second")]
     fields = list(table.columns)[:min(list(table.columns).index(name) for name, _ in figures)]
     varied = [name for name in fields if table[name].nunique() > 1] or fields[:1]
-    _, axes = _figure(2, title)
+    _, axes = canvas(2, title)
     for ax, (name, label), colour in zip(axes, figures, COLOURS):
         ax.barh(range(len(table)), table[name].fillna(0), 0.7, color=colour)
         ax.set(xlabel=label)
@@ -201,7 +200,8 @@ def _plot_sweep(table, title):
     axes[0].set(ylabel=", ".join(varied))
 
 
-def _figure(panels, title):
+def canvas(panels, title):
+    """A figure with a row of empty panels -> (figure, axes): the size, the palette and the fonts of all."""
     family = _chinese_font()
     plt.rcParams["font.family"] = ["DejaVu Sans", family] if family else ["DejaVu Sans"]
     figure, axes = plt.subplots(1, panels, figsize=SIZE, dpi=DPI, layout="constrained", squeeze=False)
@@ -230,42 +230,3 @@ def _bins(values, count=30):
     low, high = min(*values, 0.0), max(*values, 0.0)
     width = (high - low) / count or 1.0
     return [width * i for i in range(int(low // width), int(-(-high // width)) + 1)]
-
-
-def plot_frontier(result, title=""):
-    """Held-out score and gold along the distance from the start (root of the KL): the best gold, where `stop_point` stops, and
-    the curve of Gao et al. through gold where it has a top. Anything with a history will do, so also a run that goes on.
-    Raises ValueError for fewer than two held-out rows."""
-    points, stop = frontier(result.history), stop_point(result.history)
-    known = [p for p in points if p["gold"] is not None]
-    if len(points) < 2:
-        raise ValueError(f"the history has {len(points)} held-out rows with eval_score; a line needs two: set eval_steps")
-    if len(known) > 1 and not title:
-        found = hindsight(result.history)
-        title = (f"{'no stop until' if stop is None else 'stopped at'} step {found['stopped_step']}: "
-                 f"gold {found['stopped_gold']:.2f}, "
-                 f"at best {found['best_gold']:.2f} at step {found['best_step']}")
-    figure, (ax,) = _figure(1, title)
-    lines = _along(ax, points, "score", "o-", COLOURS[0], "held-out score")
-    ax.set(xlabel="distance from the start: root of the KL (nats an answer)", ylabel="reward score")
-    if known:
-        right = ax.twinx()
-        right.spines["top"].set_visible(False)
-        right.set(ylabel="gold score")
-        lines += _along(right, known, "gold", "s-", COLOURS[1], "gold")
-        best = max(known, key=lambda p: p["gold"])["distance"]
-        lines.append(right.axvline(best, color=COLOURS[1], linestyle="--", linewidth=1, label="best gold"))
-        alpha, beta, _ = fit_gold(known) if len({p["distance"] for p in known}) > 3 else (0, 0, 0)
-        if beta > 0:
-            curve = [dict(distance=d, gold=known[0]["gold"] + d * (alpha - beta * math.log(d)))
-                     for d in (max(p["distance"] for p in known) * i / 50 for i in range(1, 51))]
-            lines += _along(right, curve, "gold", ":", COLOURS[1], "d (α − β log d)")
-    if stop is not None:
-        where = next(p["distance"] for p in points if p["step"] == stop)
-        lines.append(ax.axvline(where, color=COLOURS[8], linestyle="-.", linewidth=1, label="the rule stops"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize="small", frameon=False)
-
-
-def _along(ax, points, name, style, colour, label):
-    x, y = zip(*((p["distance"], p[name]) for p in points))
-    return ax.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=label)

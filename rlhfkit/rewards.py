@@ -54,7 +54,10 @@ class Rewards:
         if not hasattr(given, "__len__") or len(given) != len(texts):
             count = len(given) if hasattr(given, "__len__") else f"a {type(given).__name__}, not a list of"
             raise ValueError(f"the reward function gave {count} scores for {len(texts)} answers; it must give one for each")
-        return [float(x) for x in given]
+        try:
+            return [float(x) for x in given]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the reward function gave scores that are no numbers ({error}); it must give a float for each answer") from error
 
     @staticmethod
     def _load(path, config, tokenizer):

@@ -10,7 +10,7 @@ LAYERS = {
     1: "families encodings miniature models tokenizers",
     2: "rows packing cache configs zero engine states saving rl sampling decode rollout rewards experience health overoptimisation memory kernels slots trainer",
     3: "stages",
-    4: "launcher bench evaluation plots",
+    4: "launcher bench evaluation plots plots_rl",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 HEAVY = {"torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets"}     # never in layer 0

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 
-from rlhfkit import plots
+from rlhfkit import plots_rl
 from rlhfkit.overoptimisation import fit_gold, frontier, hindsight, stop_point
 
 
@@ -82,7 +82,7 @@ def test_the_curve_of_gao_et_al_is_found_again_with_its_best_distance():
 
 @pytest.mark.parametrize("golds", [[0.7, 0.8, 0.78, 0.6, 0.4], None], ids=["with gold", "without"])
 def test_the_frontier_is_drawn_with_the_best_gold_and_the_stop(golds, tmp_path):
-    plots.plot_frontier(SimpleNamespace(history=run([0, 1, 1.6, 1.5, 2.0], golds=golds, kls=[0, 1, 4, 9, 12])))
+    plots_rl.plot_frontier(SimpleNamespace(history=run([0, 1, 1.6, 1.5, 2.0], golds=golds, kls=[0, 1, 4, 9, 12])))
     figure = plt.gcf()
     figure.savefig(tmp_path / "figure.png")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -93,4 +93,4 @@ def test_the_frontier_is_drawn_with_the_best_gold_and_the_stop(golds, tmp_path):
 
 def test_a_run_without_held_out_rows_has_no_frontier():
     with pytest.raises(ValueError, match="the history has 0 held-out rows with eval_score; a line needs two"):
-        plots.plot_frontier(SimpleNamespace(history=[dict(step=1, score=0.5)]))
+        plots_rl.plot_frontier(SimpleNamespace(history=[dict(step=1, score=0.5)]))

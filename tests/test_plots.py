@@ -1,4 +1,4 @@
-"""plots.py draws to a file without a missing glyph, and says what it drew."""
+"""plots.py and plots_rl.py draw to a file without a missing glyph, and say what they drew."""
 import random
 import sys
 import warnings
@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas
 import pytest
 
-from rlhfkit import plots
+from rlhfkit import plots, plots_rl
 from rlhfkit.memory import Estimate
 from rlhfkit.records import Answer, Record
 
@@ -158,3 +158,62 @@ def test_shares_of_answers_and_scores_sum_to_one_for_each_source(drawn):
     left, right = drawn().axes
     assert sum(bar.get_height() for bars in left.containers for bar in bars) == pytest.approx(3)
     assert len(right.patches) == 3
+
+
+def rolled(tokens=3, **changes):
+    values = dict(ids=list(range(1, tokens + 1)), values=[1.0, 2.0, 3.0], kl=[0.5, -0.25, 0.0], advantages=[-1.0, 0.001, -0.001])
+    return dict(step=7, prompt="问", score=-1.5, finished=1.0) | {
+        name: (value * tokens)[:tokens] for name, value in values.items()} | changes
+
+
+def words(special=""):
+    names = {1: "朝霞", 2: "\n", 3: special}
+    return SimpleNamespace(decode=lambda ids: names.get(ids[0], "字"), convert_ids_to_tokens=lambda token: f"<{token}>")
+
+
+def hue(box):
+    red, _, blue, _ = box.get_facecolor()
+    return "white" if abs(red - blue) < 0.01 else "blue" if blue > red else "orange"
+
+
+def test_a_rollout_shows_each_token_with_its_value_kl_and_advantage_as_number_and_colour(drawn):
+    plots_rl.plot_rollout(rolled(), words())
+    figure = drawn()
+    ax = figure.axes[0]
+    assert figure.get_suptitle() == "step 7: score -1.50, ended by itself"
+    assert [t.get_text() for t in ax.texts] == ["朝霞", "⏎", "<3>", "1.00", "2.00", "3.00", "0.50", "−0.25", "0.00", "−1.00", "0.00", "0.00"]
+    assert [hue(box) for box in ax.patches][:7] == ["orange", "white", "blue", "blue", "orange", "white", "orange"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["value (score)", "KL (nats)", "advantage"]
+
+
+def test_a_long_rollout_without_a_critic_goes_on_in_the_next_line_without_values(drawn):
+    plots_rl.plot_rollout(rolled(14, values=None, finished=0.0), words(), width=6)
+    ax = drawn().axes[0]
+    assert drawn().get_suptitle().endswith("cut by length")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["KL (nats)", "advantage"] * 3
+    assert len(ax.patches) == 28 and max(box.get_x() for box in ax.patches) < 6
+    with pytest.raises(ValueError, match="'问' has no tokens"):
+        plots_rl.plot_rollout(rolled(0), words())
+
+
+def test_phases_are_stacked_to_the_seconds_of_a_step_with_their_shares_as_title(drawn):
+    rows = [dict(step=step, seconds_rollout=2.0, seconds_scoring=1.0, seconds_update=1.0) for step in (2, 4)]
+    plots_rl.plot_phases(SimpleNamespace(history=[dict(step=0, eval_score=1.0), *rows]))
+    figure = drawn()
+    assert figure.get_suptitle() == "4 s a step: sampling 50%, scoring 25%, update 25%"
+    assert [max(area.get_paths()[0].vertices[:, 1]) for area in figure.axes[0].collections] == [2.0, 3.0, 4.0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["update", "scoring", "sampling"]     # as they are stacked
+    with pytest.raises(ValueError, match="no seconds_rollout"):
+        plots_rl.plot_phases(result("sft"))
+
+
+def test_an_ablation_fills_only_the_points_whose_interval_leaves_zero_out(drawn):
+    rows = [("full", [0.0, 0.0, 0.0], 1.0), ("no KL", [-0.05, -0.08, -0.02], 9.0), ("RLOO", [0.01, -0.02, 0.04], 0.7)]
+    plots_rl.plot_ablation(dict(seeds=[0, 1, 2], rows=[dict(variant=name, difference=difference, kl=kl) for name, difference, kl in rows]))
+    figure = drawn()
+    left, right = figure.axes
+    assert figure.get_suptitle() == "1 of 2 differ from the full recipe by more than chance, 3 seeds"
+    assert [label.get_text() for label in left.get_yticklabels()] == ["full", "no KL", "RLOO"]
+    assert [line.get_markerfacecolor() != "white" for line in left.lines[1:6:2]] == [False, True, False]
+    assert list(left.lines[2].get_xdata()) == [-0.08, -0.02]
+    assert [line.get_xdata()[0] for line in right.lines[1::2]] == [1.0, 9.0, 0.7]

@@ -244,8 +244,8 @@ class PPOTrainer:
         return state["step"]
 
     def checkpoint(self, step):
-        state = {"kl": self.kl.value, "offsets": self.experience.rewards.offsets, "moments": list(vars(self.moments).values()) if self.moments else [], "best": self.best,
-                 "history": json.dumps(self.history), "samples": json.dumps(self.samples)}
+        state = {"kl": self.kl.value, "offsets": self.experience.rewards.offsets, "best": self.best, "history": json.dumps(self.history),
+                 "samples": json.dumps(self.samples), "moments": list(vars(self.moments).values()) if self.moments else []}
         save_checkpoint(self.config.output_dir, step, state, self.engines, self.config.save_total_limit, rank(),
                         dist.barrier if dist.is_initialized() else lambda: None)
 
