@@ -108,14 +108,14 @@ class Rows(Sequence):
 def _key(path, build):
     """16 hexadecimal digits of all that the rows depend on. A tokenizer is what it writes of itself, wherever it is from."""
     from datasets.fingerprint import Hasher             # a second that the processes which tokenise can do without
-    files, arguments = data_files(path), arguments_of(build)
+    arguments = arguments_of(build)
     family, tokenizer = arguments.pop("family"), arguments.pop("tokenizer")
     arguments.pop("packing", None)
     functions = [build.func, family.encode, family.encode_text, family.blank]
     modules = [sys.modules.get(getattr(function, "__module__", None)) for function in functions]
     code = {file for pattern in SOURCES for file in Path(__file__).parent.glob(pattern)}
     code |= {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
-    values = [data_hash(path), [(file.name, file.stat().st_size) for file in files], build.func.__name__, family.name,
+    values = [data_hash(path), [(file.name, file.stat().st_size) for file in data_files(path)], build.func.__name__, family.name,
               sorted(arguments.items()), [version(name) for name in LIBRARIES], Hasher.hash(functions)]     # of a notebook too
     digest = hashlib.sha256(repr(values).encode())
     with tempfile.TemporaryDirectory() as folder:

@@ -72,10 +72,10 @@ class EvalGrams:
 
     def __init__(self, eval_dir, n=13, least=0.0):
         if not isinstance(n, int) or not SHORTEST <= n <= 63 or not 0 <= least < 1:
-            raise ValueError(f"n is {n!r}, least {least!r}; n must be a whole number from {SHORTEST} to 63, least a share from 0 to "
-                             "below 1; try 13 and 0.2")
+            raise ValueError(f"n is {n!r}, least {least!r}; n must be a whole number from {SHORTEST} to 63, least a share from 0 "
+                             "to below 1; try 13 and 0.2")
         self.n, self.least, self.items, self._seen = n, least, [], 0
-        self._first, self._owners, self._starts = {}, {}, set()         # of grams: first record that held it, items, first letters
+        self._first, self._owners, self._starts = {}, {}, set()     # of grams: record that held it first, items, first letters
         dull = set()
         for file, path in _files(eval_dir):
             rows = _rows(path)

@@ -102,7 +102,8 @@ class Engine:
             try:
                 yield self.model
             finally:
-                shards.get_param_coordinator()._invalidate_trace()
+                if not shards.get_param_coordinator().is_invalid_trace():
+                    shards.get_param_coordinator()._invalidate_trace()
                 shards._register_deepspeed_module(shards.module)
 
     def weights(self):

@@ -5,22 +5,24 @@ distribution without top-k and top-p, for actor, reference and sampler alike, so
 """
 import copy
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from rlhfkit import rl
-from rlhfkit.engine import all_sum, device, set_dropout
+from rlhfkit.engine import all_sum, device, gather_list, rank, set_dropout, world_size
 from rlhfkit.families import load_model
 from rlhfkit.models.value import RewardModel
 from rlhfkit.rewards import AdapterOff, placed
 from rlhfkit.rollout import fast, repetition, rollout
 from rlhfkit.rows import pad
+from rlhfkit.samples.couplets import applies, gold
 from rlhfkit.trainer import adapt
 
 
-JUDGED = 30                 # held-out answers from which on a correlation is more than noise
+JUDGED = 64                 # held-out prompts that a process answers at once
+CORRELATED = 30             # held-out answers from which on a correlation is more than noise
 
 
 @dataclass
@@ -92,6 +94,23 @@ class Experience:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=size + 1).logits[:, -size - 1:-1]
         return rl.token_logps(logits, ids[:, -size:], self.config.temperature), logits
 
+    @torch.no_grad()
+    def judged(self, rows):
+        """Answers to held-out prompt rows, with the same noise each time -> eval_score, eval_length, eval_finished, eval_kl over all processes,
+        and eval_gold where the judge's rules apply; {} without rows."""
+        found, golds, world, seed = [], [], world_size(), self.config.seed
+        for start in range(0, len(rows), JUDGED * world):
+            there = range(start, min(start + JUDGED * world, len(rows)))
+            mine, each = there[rank()::world], -(-len(there) // world)
+            at = [*mine, *[0] * (each - len(mine))]                     # sharded weights: all processes make as many passes
+            batch = self.score([rows[i] for i in at], *self.sample([rows[i] for i in at], [hash((seed, -1, i)) for i in at]), valued=False)
+            found.append(figures(batch, counted=len(mine)))
+            golds += [(gold(*text), score) for text, score in zip(batch.texts[:len(mine)], batch.score.tolist()) if applies(text[0])]
+        total = sum(count for _, count in found)
+        means = {f"eval_{name}": sum(row[name] * count for row, count in found) / total
+                 for name in ("score", "length", "finished", "kl") if found}
+        return means | gold_figures(gather_list(golds))
+
 
 def critic_for(config, family, rewards):
     """The critic that is trained along, started from the reward model or from the actor, or None."""
@@ -106,9 +125,10 @@ def critic_for(config, family, rewards):
     return adapt(set_dropout(model, config.dropout).requires_grad_(True), config, family).train()
 
 
-def figures(batch, rewards=None, returns=None, counted=True):
+def figures(batch, rewards=None, returns=None, counted=None):
     """A Rollout, rewards (B, A), returns (B, A) -> (figures over all processes, `kl` in nats an answer (k1) among them; answers).
-    counted: this process's rows are no stand-ins."""
+    counted: rows of this process that are no stand-ins, the first ones; None: all."""
+    batch = replace(batch, **{name: value[:counted] for name, value in vars(batch).items() if value is not None})
     k1, k2, k3 = rl.kl_estimates(batch.logps, batch.ref_logps, batch.answer)
     tokens = batch.answer.sum()
     sums = dict(score=batch.score.sum(), kl=k1.sum(), kl_k2=k2.sum(), kl_k3=k3.sum(), length=tokens, finished=batch.finished.sum(),
@@ -116,10 +136,10 @@ def figures(batch, rewards=None, returns=None, counted=True):
                 reward=0.0 if rewards is None else rewards.sum())
     gap = ((batch.sampled - batch.logps) * batch.answer).abs().sum()
     mine = [batch.score.double().square().sum(), gap, *sums.values(), len(batch.ids)]
-    square, gap, *totals, answers = all_sum([float(x) * counted for x in mine]).tolist()
+    square, gap, *totals, answers = all_sum([float(x) for x in mine]).tolist()
     row = {name: total / answers for name, total in zip(sums, totals)}
     row |= {"score_std": max(square / answers - row["score"] ** 2, 0.0) ** 0.5}
-    row |= {} if batch.logps is batch.sampled else {"sampler_gap": gap / (row["length"] * answers)}      # else the update pass tells
+    row |= {} if torch.equal(batch.logps, batch.sampled) else {"sampler_gap": gap / (row["length"] * answers)}      # else the update pass tells
     if returns is not None:
         values = batch.values[:, :-1]
         mean, variance = rl.moments(values, batch.answer)
@@ -128,12 +148,12 @@ def figures(batch, rewards=None, returns=None, counted=True):
 
 
 def gold_figures(pairs):
-    """(gold, score) of held-out answers -> eval_gold and, of JUDGED or more, eval_score_gold: their correlation, 0 where one is constant."""
+    """(gold, score) of held-out answers -> eval_gold and, of CORRELATED or more, eval_score_gold: their correlation, 0 where one is constant."""
     if not pairs:
         return {}
     golds, scores = zip(*pairs)
     varied = len(set(golds)) > 1 and len(set(scores)) > 1
-    correlation = {"eval_score_gold": statistics.correlation(golds, scores) if varied else 0.0} if len(pairs) >= JUDGED else {}
+    correlation = {"eval_score_gold": statistics.correlation(golds, scores) if varied else 0.0} if len(pairs) >= CORRELATED else {}
     return {"eval_gold": statistics.fmean(golds)} | correlation
 
 

@@ -216,8 +216,9 @@ class Moments:
         self.count = total
 
     def normalize(self, scores):
-        """scores (B,) -> (B,) in standard deviations from the mean; where all scores are the same, 0."""
-        return (scores - self.mean) / (math.sqrt(self.squares / max(self.count, 1.0)) + 1e-8)
+        """scores (any shape) -> in standard deviations from the mean; where all were the same, the distance from it."""
+        deviation = math.sqrt(self.squares / max(self.count, 1.0))
+        return (scores - self.mean) / (deviation if deviation > 1e-6 else 1.0)
 
 
 def _scaled(logits, temperature):

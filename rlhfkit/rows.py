@@ -1,7 +1,7 @@
 """Records become rows of ids, one function a stage, and rows become batches; `show` makes the loss mask visible.
 
-Only answers carry a loss; the 2023 kit trained on prompts and padding too. A record that cannot be used is set aside with a reason, never
-dropped silently; packed rows keep documents apart by positions that restart at 0 and carry no attention mask.
+Only answers carry a loss; the 2023 kit trained on prompts and padding too. A record that cannot be used is set aside with a
+reason; packed rows keep documents apart by positions that restart at 0 and carry no attention mask.
 """
 import hashlib
 import os
@@ -40,12 +40,13 @@ def data_files(path):
     path = Path(path)
     train, dev = (path / "train.jsonl", path / "dev.jsonl") if path.is_dir() else (path, path)
     if not train.is_file():
-        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with train.jsonl")
+        raise FileNotFoundError(f"data_path {path} has no training rows; expected a JSON-lines file, or a folder with "
+                                "train.jsonl")
     return [train, dev] if dev != train and dev.is_file() else [train]
 
 
 def data_hash(path):
-    """Hash of the bytes of the data, 16 hexadecimal digits; noted beside them: files of the same size and time are not read again."""
+    """Hash of the bytes of the data, 16 digits; noted beside them: files of the same size and time are not read again."""
     files = data_files(path)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     note = beside(path) / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.data"
@@ -78,8 +79,8 @@ def writable(folder):
 
 
 def text_rows(records, family, tokenizer, max_length, packing=True):
-    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no token
-    lost. Families that read both ways (GLM) learn to fill blanks: a piece's beginning is read, its end or a span of it written."""
+    """Pre-training: each record's text as one document, packed -> (rows, set aside). Longer documents are cut into pieces, no
+    token lost. Families that read both ways (GLM) fill blanks: a piece's beginning is read, its end or a span of it written."""
     def pieces(record):
         read, ids = family.encode_text(tokenizer, text_of(record))
         template = len(read) + (2 if family.blank else 0)
@@ -101,9 +102,8 @@ def text_of(record):
 
 
 def documents(records):
-    """Records for pre-training, one by one: each prompt and each best answer as a text of its own, so that the task itself stays
-    unseen."""
-    return (Record(prompt=text, source=r.source) for r in records for text in (r.prompt, *(a.text for a in r.answers[:1])) if text)
+    """Records for pre-training, one by one: each prompt and each best answer as a text of its own: the task stays unseen."""
+    return (Record(text, source=r.source) for r in records for text in (r.prompt, *(a.text for a in r.answers[:1])))
 
 
 def pack(rows, max_length):
@@ -142,7 +142,8 @@ def pair_rows(records, family, tokenizer, max_length, pairs_per_prompt=1, seed=0
         found, rng = pairs(record, pair_rule), random.Random(f"{seed}\n{record.prompt}")
         if not found:
             raise ValueError("no answer is better than another")
-        made = [_sides(record, pair, family, tokenizer, max_length) for pair in rng.sample(found, min(pairs_per_prompt, len(found)))]
+        drawn = rng.sample(found, min(pairs_per_prompt, len(found)))
+        made = [_sides(record, pair, family, tokenizer, max_length) for pair in drawn]
         return [dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected) for prompt, (chosen, rejected) in made]
     return _rows(records, row, tokenizer, _asked)
 
@@ -154,8 +155,7 @@ def prompt_rows(records, family, tokenizer, max_length):
 
 
 def collate(rows, pad_id):
-    """Rows -> input_ids, labels, attention_mask (B, T); packed rows get position_ids in place of a mask, padding being a document
-    more."""
+    """Rows -> input_ids, labels, attention_mask (B, T); packed rows get position_ids, padding being a document more."""
     ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
     batch = dict(input_ids=pad(ids, pad_id), labels=pad(labels, IGNORE))
     if "position_ids" in rows[0]:
@@ -201,8 +201,8 @@ def _sides(record, answers, family, tokenizer, max_length):
 
 
 def _rows(records, build, tokenizer, texts, packed=0):
-    """`build(record)`, a list of rows, for each -> (rows, set aside); packed: into rows of that length. texts: record -> the texts
-    that it will ask `tokenizer` for, tokenised many at a time where the tokenizer can (Pangu's is ten times as fast so)."""
+    """`build(record)`, a list of rows, for each -> (rows, set aside); packed: into rows of that length. texts: record -> the
+    texts that it will ask `tokenizer` for, tokenised many at a time where the tokenizer can (Pangu's is ten times as fast)."""
     rows, rejected = [], []
     for start in range(0, len(records), AT_ONCE):
         part = records[start:start + AT_ONCE]

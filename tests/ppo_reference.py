@@ -1,4 +1,4 @@
-"""PPO written plainly from the papers, an answer at a time, unpadded, in float64: what tests/test_ppo_proofs.py holds the training loop to.
+"""PPO written plainly from the papers, an answer at a time, unpadded, in float64: what tests/test_ppo_proofs.py holds the loop to.
 
 Schulman et al. 2016 (eq. 16) and 2017 (eq. 7), InstructGPT (eq. 2), Ziegler et al. 2019 with the details that Huang et al. 2023 dug out of its
 code, Ahmadian et al. 2024 (RLOO), DeepSeekMath (GRPO), Liu et al. 2025 (Dr. GRPO). Of the library only the loaders are used, no arithmetic.

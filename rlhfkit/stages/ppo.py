@@ -18,17 +18,14 @@ import torch.nn.functional as F
 from rlhfkit import health, memory, rl
 from rlhfkit.configs import Result
 from rlhfkit.engine import Engine, all_sum, device, gather_list, log_line, rank, say, world_size
-from rlhfkit.experience import Experience, as_rows, critic_for, figures, gold_figures
+from rlhfkit.experience import Experience, as_rows, critic_for, figures
 from rlhfkit.packing import IGNORE
 from rlhfkit.rewards import Rewards
 from rlhfkit.rollout import answer_samples, keep, sample_metrics
 from rlhfkit.rows import collate, prompt_rows, sft_rows, text_rows
-from rlhfkit.samples.couplets import applies, gold
 from rlhfkit.saving import load_checkpoint, save_checkpoint
 from rlhfkit.states import Average
 from rlhfkit.trainer import peak_memory, prepare, rows_for, save_engine
-
-JUDGED = 64                         # held-out prompts a process answers at once
 
 
 def run(config):
@@ -156,6 +153,9 @@ class PPOTrainer:
                 found |= self._value(batch, returns, micro, tokens, last) if self.critic else {}
                 for name, value in found.items():
                     sums[name] = max(sums.get(name, 0.0), value) if name == "ratio_deviation" else sums.get(name, 0.0) + value
+            if not all(map(math.isfinite, sums.values())) and config.dtype != "float16":
+                raise FloatingPointError(f"the losses of step {step + 1} are {sums}; they must be finite: lower learning_rate; no weight has changed "
+                                         "in this update, and the same run goes on from its last checkpoint")
             norms = ({"grad_norm": self.actor.step()} if learns else {}) | ({"critic_grad_norm": self.critic.step()} if self.critic else {})
             summed = dict(zip(sums, all_sum(list(sums.values())).tolist()))
             figures.append(summed | norms | ({"first_ratio": max(gather_list([sums["ratio_deviation"]]))} if learns and n == 0 else {}))
@@ -208,21 +208,11 @@ class PPOTrainer:
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         return total / float(all_sum([(labels != IGNORE).sum()]))
 
-    @torch.no_grad()
     def judge(self, step):
-        """Answers to the held-out prompts, with the same noise each time: score, KL, length, and gold where the judge's rules apply."""
-        found, golds, world = [], [], world_size()
-        for start in range(0, len(self.dev), JUDGED * world):
-            mine = range(start + rank(), min(start + JUDGED * world, len(self.dev)), world)
-            part = [self.dev[i] for i in mine or [0]]                   # sharded weights: all processes take part
-            answers = self.experience.sample(part, [hash((self.config.seed, -1, i)) for i in mine or [0]])
-            batch = self.experience.score(part, *answers, valued=False)
-            found.append(figures(batch, counted=bool(mine)))
-            golds += [(gold(*text), score) for text, score in zip(batch.texts, batch.score.tolist()) if mine and applies(text[0])]
-        if found:
-            total = sum(count for _, count in found)
-            means = {f"eval_{name}": sum(row[name] * count for row, count in found) / total for name in ("score", "length", "finished", "kl")}
-            self.add({"step": step, **means, **gold_figures(gather_list(golds))})
+        """Held-out figures, with the same noise each time."""
+        row = self.experience.judged(self.dev)
+        if row:
+            self.add({"step": step, **row})
             self._keep_best()
 
     def add(self, row):
@@ -289,6 +279,8 @@ class PPOTrainer:
         if config.top_k or config.top_p < 1:
             say(config.output_dir, "top_k or top_p is set: answers are not samples of the distribution that is trained (log-probs are of the "
                 "whole one); leave them at 0 and 1.0 unless you mean it")
+        if config.best_by and not self.dev:
+            raise ValueError(f"best_by is {config.best_by!r} and no row is held out; give a data_path with a dev.jsonl, or leave best_by empty")
         if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
             say(config.output_dir, f"the first {len(prompts)} prompts are all the same: this trains one answer, not a policy")
 
