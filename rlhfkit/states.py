@@ -159,8 +159,9 @@ def _steps(engine):
 
 def _make_moments(engine, steps):
     for tensor in _flat(engine):
+        place = tensor.device if engine.optimizer.defaults["fused"] else "cpu"
         engine.optimizer.state[tensor] = {
-            "step": torch.tensor(float(steps)), **{kind: torch.zeros_like(tensor) for kind in MOMENTS}}
+            "step": torch.tensor(float(steps), device=place), **{kind: torch.zeros_like(tensor) for kind in MOMENTS}}
     link = getattr(engine.deepspeed and engine.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link:
         link()
