@@ -1,10 +1,11 @@
 """Whole PPO runs: they go on where a kill left them, depend on the seed alone, solve a task of a known optimum, and are one on two processes."""
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ppo_proofs import family, ppo, short_couplets, trainer_of, weights  # noqa: F401  a fixture
+from test_ppo_proofs import family, ppo, short_couplets, taught, trainer_of, weights  # noqa: F401  a fixture
 
 import rlhfkit as rk
 from rlhfkit.rollout import rollouts
@@ -48,26 +49,29 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(family, tm
 
 
 def right(prompts, answers):
-    """A reward with a known optimum: one token, which the policy gives at first in two answers of a hundred."""
-    return [float(answer == right.token) for answer in answers]
+    """A reward with a known optimum."""
+    return [float(answer == "月") for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def divided(family, tmp_path_factory):  # noqa: F811
+    """A policy that begins its answers with one of eight characters, the right one of them."""
+    found = SimpleNamespace(**vars(family("pangu")) | {"policy": str(tmp_path_factory.mktemp("divided") / "policy")})
+    shutil.copytree(family("pangu").policy, found.policy)
+    taught(found.policy, [replace(r, answers=(rk.Answer("花鸟春秋山水云月"[i % 8], 1),)) for i, r in enumerate(short_couplets(64))], steps=24)
+    return found
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
-def test_a_task_with_one_right_token_is_solved(advantage, seed, family, tmp_path):  # noqa: F811
+def test_a_task_with_one_right_token_is_solved(advantage, seed, divided, tmp_path):
     """I19: 20 steps of 32 answers; ten seeds of each where slow tests run."""
-    found = family("pangu")
-    model, tokenizer, kind = rk.load_model(found.policy), rk.load_tokenizer(found.policy), rk.family_of(found.policy)
-    with torch.no_grad():
-        asked = [torch.tensor([kind.encode(tokenizer, record)[0]]) for record in short_couplets(16)]
-        likely = torch.stack([model(input_ids=ids).logits[0, -1].softmax(0) for ids in asked]).mean(0).argsort(descending=True).tolist()
-    right.token = tokenizer.decode([likely[2]])                             # after the end token and the template's blank
     group = dict(critic="actor", batch_size=32) if advantage == "gae" else dict(critic="none", batch_size=8, answers_per_prompt=4)
-    config = ppo(found, tmp_path / "run", reward_path="", reward_function=f"{__name__}:right", advantage=advantage, seed=seed, max_steps=20,
-                 max_new_tokens=1, learning_rate=3e-3, lr_scheduler_type="constant", ppo_epochs=2, kl_coefficient=0.0, unfinished_score=0.0,
+    config = ppo(divided, tmp_path / "run", reward_path="", reward_function=f"{__name__}:right", advantage=advantage, seed=seed, max_steps=20,
+                 max_new_tokens=1, learning_rate=2e-3, lr_scheduler_type="constant", ppo_epochs=2, kl_coefficient=0.02, unfinished_score=0.0,
                  temperature=1.0, **group)
     scores = [row["score"] for row in trainer_of(config).train().history if "score" in row]
-    assert scores[0] < 0.2 and sum(scores[-3:]) / 3 > 0.95
+    assert scores[0] < 0.4 and sum(scores[-3:]) / 3 > 0.95
 
 
 @pytest.mark.slow

@@ -29,8 +29,7 @@ BAD = [(lambda answers: 1 / 0, RuntimeError, r"reward function failed on 6 answe
        (lambda answers: None, ValueError, "gave a NoneType, not a list of scores for 6 answers"),
        (lambda answers: [0.0] * 5 + [math.nan], ValueError, r"the score of \('上联.* is nan; scores must be finite numbers: look at"),
        (lambda answers: [math.inf] + [0.0] * 5, ValueError, "is inf; scores must be finite"),
-       pytest.param(lambda answers: ["good"] * 6, ValueError, "reward function", marks=pytest.mark.xfail(
-           strict=True, reason="rewards.py, _called: float(x) is outside the try: 'could not convert string to float' names nothing"))]
+       (lambda answers: ["good"] * 6, ValueError, "scores that are no numbers")]
 
 
 @pytest.mark.parametrize("given, error, message", BAD, ids=["raises", "too few", "generator", "None", "NaN", "inf", "texts"])
@@ -93,12 +92,10 @@ def test_a_process_that_dies_ends_the_run_with_an_error_and_the_same_call_goes_o
 
 @several
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="engine.py, whole: _invalidate_trace raises where nothing ran inside: samples=0")
 def test_zero_3_without_samples_runs(pangu, tmp_path):  # noqa: F811
     assert len(rk.launch(ppo(pangu, tmp_path / "run", batch_size=3, zero_stage=3), num_processes=2).history) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="ppo.py, judge: a process with fewer rows makes fewer passes; ZeRO-3 then hangs")
 def test_every_process_makes_as_many_passes_over_the_held_out_rows(pangu, tmp_path, monkeypatch):  # noqa: F811
     """Three rows for two processes: under ZeRO-3 each pass of one is a gather of all; seen here one process at a time."""
     found, passes = with_records(tmp_path / "data", short_couplets(8)), []
@@ -108,8 +105,8 @@ def test_every_process_makes_as_many_passes_over_the_held_out_rows(pangu, tmp_pa
     monkeypatch.setattr("rlhfkit.experience.rollout", lambda _, prompts, *args, **more: ([[40]] * len(prompts), [[-1.0]] * len(prompts)))
     counts = []
     for rank in (0, 1):
-        monkeypatch.setattr("rlhfkit.stages.ppo.rank", lambda: rank)
-        monkeypatch.setattr("rlhfkit.stages.ppo.world_size", lambda: 2)
+        monkeypatch.setattr("rlhfkit.experience.rank", lambda: rank)
+        monkeypatch.setattr("rlhfkit.experience.world_size", lambda: 2)
         passes.clear(), trainer.judge(0)
         counts.append(len(passes))
     assert counts[0] == counts[1] > 0
@@ -152,15 +149,14 @@ def test_prompts_that_are_all_the_same_are_said_and_answered_each_with_its_own_n
     assert len({tuple(row["ids"]) for row in rollouts(tmp_path / "run")}) > 1
 
 
-@pytest.mark.parametrize("loss", ["policy_loss", pytest.param("value_loss", marks=pytest.mark.xfail(
-    strict=True, reason="ppo.py, _update: the actor has stepped before the critic's norm is looked at"))])
+@pytest.mark.parametrize("loss", ["policy_loss", "value_loss"])
 def test_a_gradient_that_is_nan_stops_the_run_before_any_weight_changes(loss, pangu, tmp_path, monkeypatch):  # noqa: F811
     trainer = trainer_of(ppo(pangu, tmp_path / "run"))
     trainer.step(0)
     actor, critic = weights(trainer.actor.model), weights(trainer.critic.model)
     real = getattr(rl, loss)
     monkeypatch.setattr(rl, loss, lambda *args: real(*args) * math.nan)
-    with pytest.raises(FloatingPointError, match="gradient's norm is nan; it must be finite: lower learning_rate.*checkpoint is whole"):
+    with pytest.raises(FloatingPointError, match="they must be finite: lower learning_rate; no weight has changed"):
         trainer.step(1)
     assert moved(actor, trainer.actor.model) == moved(critic, trainer.critic.model) == 0
 
@@ -187,13 +183,11 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(p
     assert not list(Path(tmp_path / "run").glob(".checkpoint*")) and again.history[-1]["score"] == straight.history[-1]["score"]
 
 
-@pytest.mark.xfail(strict=True, reason="ppo.py, judge: without held-out rows _keep_best is never asked: best/ is missing")
 def test_a_best_by_without_held_out_rows_is_said(pangu, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="best_by"):
         rk.launch(ppo(pangu, tmp_path / "run", best_by="eval_score"))
 
 
-@pytest.mark.xfail(strict=True, reason="ppo.py, _on_the_scores_scale: one score has deviation 0, and values are divided by 1e-8")
 def test_one_answer_a_step_normalises_without_exploding(pangu, tmp_path):  # noqa: F811
     _, steps = ran(ppo(pangu, tmp_path / "run", batch_size=1, normalize_scores="running"))
     assert max(row["value_loss"] for row in steps) < 1e4
