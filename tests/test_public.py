@@ -91,4 +91,4 @@ def test_nothing_outside_families_models_and_tokenizers_asks_for_a_familys_name(
 
 
 def test_the_library_stays_within_its_lines():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 10200
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 11400

@@ -73,7 +73,7 @@ def run_variant(planned, name, changes, output_dir, steps):
         rk.PPO, planned["05_ppo"] | FULL | {"ptx_path": planned["03_sft"]["data_path"]} | changes)
     known = {f.name for f in dataclasses.fields(cls)}
     values = {key: value for key, value in values.items() if key in known}
-    values |= dict(output_dir=output_dir / "run", report_to="none", samples=0, eval_steps=0)
+    values |= dict(output_dir=output_dir / "run", report_to="none", samples=0, eval_steps=0, keep_rollouts=False, best_by="")
     return rk.launch(cls(**values | ({"max_steps": steps} if steps else {})))
 
 
