@@ -188,7 +188,7 @@ class PPO(Run):
     rescore: bool = True                # the old log-probs come from the training module; False: from the sampler
     frozen_on: str = "device"           # where reference and reward models wait, or host
     keep_rollouts: bool = False         # rollouts/step-*.jsonl with all tokens' figures
-    best_by: str = ""                   # an eval figure, such as eval_gold, whose best actor is kept in best/
+    best_by: str = ""                   # an eval figure, such as eval_gold; the actor where it was largest is kept in best/
     samples: int = 4
 
     stage: ClassVar[str] = "ppo"

@@ -37,7 +37,7 @@ class Rollout:
     sampled: torch.Tensor           # (B, A) the sampler's log-probs
     logps: torch.Tensor             # (B, A) of the actor that sampled, by the module that trains; or the sampler's
     ref_logps: torch.Tensor         # (B, A)
-    values: torch.Tensor | None     # (B, A + 1) of the state before each token and after the last; None without a critic
+    values: torch.Tensor | None     # (B, A) of the state before each token; None without a critic
     score: torch.Tensor             # (B,)
     spread: torch.Tensor            # (B,) between the reward models
     finished: torch.Tensor          # (B,) 1 where the end token was sampled
@@ -83,7 +83,7 @@ class Experience:
             if valued and config.critic != "none":
                 with placed(self.rewards.models[:1], config.frozen_on == "host" and not self.critic):
                     value_of = self.critic or self.rewards.models[0]
-                    values = torch.cat([value_of(i, attention_mask=m)[:, -size - 1:] for i, m in parts])
+                    values = torch.cat([value_of(i, attention_mask=m)[:, -size - 1:-1] for i, m in parts])
             texts = [(row["record"].prompt, self.tokenizer.decode([t for t in a if t != end])) for row, a in zip(rows, answers)]
             score, spread = self.rewards(ids, mask, texts)
         finished = torch.tensor([float(a[-1] == end) for a in answers], device=device())
@@ -141,9 +141,8 @@ def figures(batch, rewards=None, returns=None, counted=None):
     row |= {"score_std": max(square / answers - row["score"] ** 2, 0.0) ** 0.5}
     row |= {} if torch.equal(batch.logps, batch.sampled) else {"sampler_gap": gap / (row["length"] * answers)}      # else the update pass tells
     if returns is not None:
-        values = batch.values[:, :-1]
-        mean, variance = rl.moments(values, batch.answer)
-        row |= {"explained_variance": float(rl.explained_variance(values, returns, batch.answer)), "value_std": float(variance.sqrt())}
+        _, variance = rl.moments(batch.values, batch.answer)
+        row |= {"explained_variance": float(rl.explained_variance(batch.values, returns, batch.answer)), "value_std": float(variance.sqrt())}
     return row, int(answers)
 
 
@@ -166,7 +165,7 @@ def as_rows(step, numbers, batch, advantages):
     """A Rollout with its answers' numbers -> (number, dict to keep) for each answer."""
     k1, _, _ = rl.kl_estimates(batch.logps, batch.ref_logps, batch.answer)
     arrays = dict(logps=batch.logps, ref_logps=batch.ref_logps, kl=k1, advantages=advantages)
-    arrays |= {} if batch.values is None else {"values": batch.values[:, :-1]}
+    arrays |= {} if batch.values is None else {"values": batch.values}
     lists = {name: array.tolist() for name, array in arrays.items()}
     return [(number, dict(step=step, id=row["id"], prompt=prompt, answer=answer, score=score, finished=finished, prompt_ids=row["prompt_ids"],
                           ids=ids, values=None) | {name: array[i][:len(ids)] for name, array in lists.items()})

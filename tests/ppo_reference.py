@@ -94,7 +94,7 @@ class Reference:
         config = self.config
         for row in rows:
             values, rewards = list(row["values"]), row["rewards"]
-            values[-1] = 0.0 if row["finished"] else values[-1]                 # nothing comes after the end token
+            values[-1] = 0.0                                                    # nothing comes after the end, nor after a cut
             errors = [rewards[t] + config.gamma * values[t + 1] - values[t] for t in range(len(rewards))]
             row["advantages"] = [sum((config.gamma * config.lam) ** (s - t) * errors[s] for s in range(t, len(errors)))
                                  for t in range(len(errors))]

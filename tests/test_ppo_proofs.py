@@ -273,7 +273,7 @@ PITFALLS = {                            # of PPO, as commonly met: the test that
     "P4 sampled and scored at different temperatures": "test_log_probs_are_those_of_the_tempered_distribution_without_filters",
     "P5 decoded and encoded again": "test_the_first_ratio_is_1_the_sampler_agrees_and_the_ids_are_those_sampled",
     "P6 padding in the advantages": "test_padding_and_what_stands_there_change_no_advantage",
-    "P6 a cut answer taken for a finished one": "test_a_cut_answer_is_bootstrapped_and_a_finished_one_is_not",
+    "P6 a cut answer taken for a finished one": "test_an_answer_without_its_end_token_is_scored_lower",
     "P7 the reward at a pad, an empty answer": "test_an_empty_answer_is_scored_and_trained_on",
     "P8 the wrong estimate of the KL": "test_kl_estimates_and_gradients_by_sampling_agree_with_the_exact_ones",
     "P9 a KL that stays negative": "test_every_check_of_ppo_has_a_fault_planted_in_the_loop",            # sampler_gap, and the check of health.py

@@ -95,7 +95,7 @@ class PPOTrainer:
         stats = self._update(step, batch, advantages, returns)
         row, count = figures(batch, rewards, returns)
         row |= {"kl_coefficient": self.kl.value} | ({"loss_scale": self.actor.loss_scale} if self.actor.loss_scale else {})
-        self.kl.update(row["kl"], count)
+        self.kl.update(row["kl"], count if step >= config.critic_warmup_steps else 0)        # until then there is no distance to steer by
         if config.keep_rollouts:
             self._keep(step + 1, numbers, batch, advantages)
         times.append(self._now("sampling"))
@@ -129,9 +129,9 @@ class PPOTrainer:
         rewards = rl.shaped_rewards(score.clamp(-config.score_clip, config.score_clip), batch.logps, batch.ref_logps, batch.answer,
                                     self.kl.value if config.kl_in == "reward" else 0.0, batch.finished, config.unfinished_score)
         if config.advantage == "gae":
-            last = batch.answer.sum(1, keepdim=True).long()
-            advantages, returns = rl.gae(rewards, batch.values[:, :-1], batch.answer, batch.finished, config.gamma, config.lam,
-                                         bootstrap=batch.values.gather(1, last)[:, 0])
+            # An answer cut by length ends there: it got its score, and no return ever trains a value behind it. With that value as bootstrap
+            # PPO missed a known optimum on 4 of 10 seeds.
+            advantages, returns = rl.gae(rewards, batch.values, batch.answer, batch.finished, config.gamma, config.lam)
             return rl.whiten(advantages, batch.answer) if config.whiten_advantages else advantages, returns, rewards
         each = getattr(rl, config.advantage)(rewards.sum(1), config.answers_per_prompt)
         return each[:, None] * batch.answer, None, rewards
@@ -190,7 +190,7 @@ class PPOTrainer:
         answer = batch.answer[rows]
         with self.experience.autocast():
             values = self._scaled(self.critic(batch.ids[rows], attention_mask=batch.mask[rows])[:, -answer.shape[1] - 1:-1])
-        loss = rl.value_loss(values, batch.values[rows, :-1], returns[rows], answer / tokens, self.config.value_clip)
+        loss = rl.value_loss(values, batch.values[rows], returns[rows], answer / tokens, self.config.value_clip)
         self.critic.backward(loss, last)
         return {"value_loss": loss.item()}
 
