@@ -30,10 +30,12 @@ class Engine:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95),
                                            fused=True if device().type == "cuda" and config.offload == "none" else None)
+        rises = bool(config.warmup_ratio)       # transformers' schedules then begin with a step at 0
         self.scheduler = get_scheduler(SCHEDULES.get(config.lr_scheduler_type, config.lr_scheduler_type), self.optimizer,
-                                       math.ceil(config.warmup_ratio * total_steps) + bool(config.warmup_ratio), total_steps + 1)
-        with warnings.catch_warnings(action="ignore"):              # that no update came before
-            self.advance()
+                                       math.ceil(config.warmup_ratio * total_steps) + rises, total_steps + rises)
+        if rises:
+            with warnings.catch_warnings(action="ignore"):          # that no update came before
+                self.advance()
         if world_size() > 1 or config.zero_stage:
             import deepspeed
             self.deepspeed, _, _, _ = deepspeed.initialize(
