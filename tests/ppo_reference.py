@@ -26,7 +26,7 @@ class Reference:
         config, rows = self.config, [self.looked_at(row) for row in rows]
         self.shape(rows)
         figures = self.seen_in(rows)
-        rate = (config.max_steps - self.steps) / (config.max_steps + 1)         # linear, without warm-up, never 0
+        rate = (config.max_steps - self.steps) / config.max_steps               # linear, without warm-up: the whole rate at first, never 0
         updates = []
         for _ in range(config.ppo_epochs):
             for start in range(0, len(rows), config.mini_batch_size):

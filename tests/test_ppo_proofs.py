@@ -128,7 +128,7 @@ def test_steps_of_the_loop_are_those_of_the_reference(name, more, exact, family,
         if model:
             apart = torch.cat([(p - q).abs().flatten() for p, q in zip(weights(model).values(), weights(ours.model).values(), strict=True)])
             # In float32, rounding where there is no gradient (the biases of keys) is a step of Adam's: few weights, and small ones.
-            assert float(apart.mean()) < 1e-7 and float((apart > 1e-5).double().mean()) < (1e-12 if exact else 1e-4) and float(apart.max()) < 2e-4
+            assert float(apart.mean()) < 1e-7 and float((apart > 1e-5).double().mean()) < (1e-12 if exact else 3e-4) and float(apart.max()) < 2e-4
 
 
 def seen_by(model):
